@@ -56,7 +56,7 @@ class SegNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class logits, (N, K, H, W), of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
-            raise ValueError(f"SegNet takes heights and widths that are multiples of 32; got {tuple(images.shape[-2:])}")
+            raise ValueError(f"SegNet takes height and width in multiples of 32; got {tuple(images.shape[-2:])}")
         maps, pooled = images, []
         for stage in self.encoder:
             maps, indices = max_pool2d(stage(maps))

@@ -37,9 +37,7 @@ class ConvUnit(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
         if isinstance(norm, AGC2d):
-            output = agc_conv2d(
-                input, conv.weight, norm.weight, norm.bias, norm.mean_scale, conv.stride, conv.padding
-            )
+            output = agc_conv2d(input, conv.weight, norm.weight, norm.bias, norm.mean_scale, conv.stride, conv.padding)
         else:
             output = norm(conv(input))
         return F.relu(output, inplace=True)

@@ -1,0 +1,79 @@
+"""agcseg-train: one run, or with -m a sweep."""
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from agcseg.cli import CONFIGS, fail, to_object
+from agcseg.config import Config, rate
+from agcseg.errors import UserError
+from agcseg.run import run
+
+log = logging.getLogger("agcseg")
+ConfigStore.instance().store(name="schema", node=Config)
+
+# Overrides that do not tell two runs apart, or stand in the run's name anyway.
+NAMED = {
+    "name", "run", "experiment", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed", "epochs",
+    "device", "resume", "images", "data.root", "data.cache_dir",
+}  # fmt: skip
+
+_failed: list[str] = []
+
+
+def run_name(config: Config, overrides: list[str]) -> str:
+    """Folder name of a run, from its configuration alone: the same command finds the same folder again."""
+    name = f"{config.network.name}-{config.norm.name}-mb{config.minibatch}-lr{rate(config):g}-seed{config.seed}"
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in NAMED and not key.startswith("hydra"):
+            name += f"-{key}={re.sub(r'[^A-Za-z0-9.]+', 'x', value).strip('x')}"
+    return name
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
+def _job(cfg) -> float | None:
+    hydra_config = HydraConfig.get()
+    single = hydra_config.mode == RunMode.RUN
+    try:
+        config = to_object(cfg)
+        folder = Path("outputs") / config.name / (config.run or run_name(config, list(hydra_config.overrides.task)))
+        return run(config, folder).get("pixel_error")
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
+    except UserError as user_error:
+        error = user_error
+    except Exception as unexpected:
+        if single:
+            raise
+        log.exception("this run failed; the sweep goes on")
+        error = unexpected
+    if single:
+        fail("agcseg-train", error)
+    # In a sweep the other runs go on; the exit code says that one failed.
+    print(f"agcseg-train: error: {error}", file=sys.stderr)
+    _failed.append(" ".join(hydra_config.overrides.task))
+    return None
+
+
+def main() -> None:
+    try:
+        _job()
+    except KeyboardInterrupt:
+        print("\nagcseg-train: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        raise SystemExit(130) from None
+    if _failed:
+        print("agcseg-train: these runs failed:\n  " + "\n  ".join(_failed), file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The configuration of a training run: typed, with the paper's values as defaults. Nothing here needs Hydra."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from agcseg.class_weights import CLASS_WEIGHTS
+from agcseg.data import LAYOUTS
+from agcseg.errors import UserError
+from agcseg.networks import NETWORKS
+from agcseg.nn import INITS, NORMS
+
+# ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
+
+
+@dataclass
+class NetworkConfig:
+    name: str = "segnet"
+    width: float = 1.0
+    init: str = "he"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class NormConfig:
+    name: str = "agc"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StreetsConfig:
+    """The built-in streets, made on demand."""
+
+    train: int = 128
+    val: int = 32
+    size: list[int] = field(default_factory=lambda: [128, 256])
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    name: str = "cityscapes"
+    root: Optional[str] = None
+    cache_dir: str = "~/.cache/agcseg"
+    size: list[int] = field(default_factory=lambda: [256, 512])
+    train_images: Optional[int] = 2750
+    val_images: Optional[int] = 500
+    choice_seed: int = 0
+    flip: bool = False
+    streets: StreetsConfig = field(default_factory=StreetsConfig)
+
+
+@dataclass
+class RateConfig:
+    base: float = 0.02
+    value: Optional[float] = None
+
+
+@dataclass
+class Config:
+    name: str = "cityscapes"
+    run: Optional[str] = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    minibatch: int = 4
+    accumulate: int = 1
+    lr: RateConfig = field(default_factory=RateConfig)
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    class_weights: str = "enet"
+    epochs: int = 150
+    seed: int = 1
+    device: str = "auto"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    resume: bool = True
+    images: int = 4
+
+
+def rate(config: Config) -> float:
+    """The effective learning rate: base * minibatch (Deep Control, section 1), unless lr.value is given."""
+    return config.lr.base * config.minibatch if config.lr.value is None else config.lr.value
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before any data is touched.
+
+    Raises:
+        UserError: one line for each value that cannot be used.
+    """
+    data, problems = config.data, []
+
+    def expect(good: bool, message: str) -> None:
+        if not good:
+            problems.append(message)
+
+    def one_of(key: str, value: str, known) -> None:
+        expect(value in known, f"{key}={value}: choose from {', '.join(known)}")
+
+    one_of("network", config.network.name, NETWORKS)
+    one_of("network.init", config.network.init, INITS)
+    one_of("norm", config.norm.name, NORMS)
+    one_of("data", data.name, LAYOUTS)
+    one_of("class_weights", config.class_weights, CLASS_WEIGHTS)
+    one_of("precision", config.precision, ("fp32", "bf16"))
+    expect(config.network.width > 0, f"network.width={config.network.width}: must be positive")
+    expect(config.minibatch >= 1, f"minibatch={config.minibatch}: must be at least 1")
+    expect(
+        1 <= config.accumulate and (config.minibatch < 1 or config.minibatch % config.accumulate == 0),
+        f"accumulate={config.accumulate}: must divide minibatch={config.minibatch}",
+    )
+    expect(config.epochs >= 1, f"epochs={config.epochs}: must be at least 1")
+    expect(config.seed >= 0, f"seed={config.seed}: must not be negative")
+    expect(data.choice_seed >= 0, f"data.choice_seed={data.choice_seed}: must not be negative")
+    key, value = ("lr.base", config.lr.base) if config.lr.value is None else ("lr.value", config.lr.value)
+    expect(0 < value < float("inf"), f"{key}={value}: a learning rate must be positive and finite")
+    expect(0 <= config.momentum < 1, f"momentum={config.momentum}: must be at least 0 and below 1")
+    expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
+    expect(config.images >= 0, f"images={config.images}: must not be negative")
+    expect(bool(config.name), "name: must not be empty")
+    for key in ("name", "run"):
+        value = getattr(config, key) or ""
+        expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
+    if config.network.name in NETWORKS:
+        multiple = NETWORKS[config.network.name].multiple
+        expect(
+            len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
+            f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
+        )
+    available = images_available(data)
+    for split, wanted in (("train", data.train_images), ("val", data.val_images)):
+        key = f"data.{split}_images={wanted}"
+        expect(wanted is None or wanted >= 1, f"{key}: must be at least 1, or null for all")
+        if wanted is not None and available:
+            expect(wanted <= available[split], f"{key}: {data.name} has {available[split]} {split} images")
+    train = data.train_images or (available or {}).get("train")
+    if train and train >= 1:
+        expect(config.minibatch <= train, f"minibatch={config.minibatch}: there are {train} training images")
+    if data.name == "streets":
+        streets = data.streets
+        expect(streets.train >= 1 and streets.val >= 1, "data.streets.train and data.streets.val: must be at least 1")
+        expect(
+            len(streets.size) == 2 and all(side >= 64 for side in streets.size),
+            f"data.streets.size={streets.size}: must be [height,width], at least 64 each",
+        )
+    if problems:
+        raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
+
+
+def images_available(data: DataConfig) -> dict[str, int] | None:
+    """How many images each split of a data set has, as far as that is known without looking."""
+    if data.name == "streets" and data.root is None:
+        return {"train": data.streets.train, "val": data.streets.val}
+    return LAYOUTS[data.name].expected if data.name in LAYOUTS else None

@@ -1,0 +1,49 @@
+"""The device a run computes on, and the memory it took."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from agcseg.errors import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `device=` names; "auto" is CUDA if there is any, else the CPU.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"device={name}: cannot be used here ({first}); try device=auto or device=cpu") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of earlier runs in this process
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: CUDA's counter, or the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

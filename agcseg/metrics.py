@@ -1,0 +1,47 @@
+"""Validation figures from integer counts: every image once, count first, divide last."""
+
+import torch
+from torch import Tensor
+
+from agcseg.data.labels import IGNORE
+
+
+def count(prediction: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count right and wrong pixels.
+
+    Args:
+        prediction: (N, H, W) class numbers.
+        labels: (N, H, W) class numbers, 255 where a pixel does not count.
+
+    Returns:
+        wrong pixels per image (N,), labelled pixels per image (N,), and the confusion matrix (K, K) with the truth in
+        rows; all int64.
+    """
+    valid = labels != IGNORE
+    wrong = ((prediction != labels) & valid).sum((1, 2))
+    pairs = labels[valid].long() * num_classes + prediction[valid].long()
+    confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    return wrong, valid.sum((1, 2)), confusion
+
+
+def summarise(wrong: Tensor, valid: Tensor, confusion: Tensor) -> dict[str, float | list[float]]:
+    """Figures of a whole validation set from the counts of `count`: per image concatenated, the matrix summed.
+
+    Returns:
+        pixel_error: mean over images of the share of wrong pixels (Deep Control, section 3: "mean fraction of
+            incorrectly labelled pixels"); images without a labelled pixel are left out.
+        pixel_error_all: the same share over all pixels together.
+        iou: intersection over union per class, NaN for a class neither labelled nor predicted.
+        miou: their mean over the classes that have one.
+    """
+    labelled = valid > 0
+    shares = wrong[labelled].double() / valid[labelled].double()
+    hit = confusion.diagonal().double()
+    union = confusion.sum(0).double() + confusion.sum(1).double() - hit
+    iou = hit / union  # 0/0 is NaN
+    return {
+        "pixel_error": shares.mean().item(),
+        "pixel_error_all": (wrong.sum().double() / valid.sum().double()).item(),
+        "miou": iou.nanmean().item(),
+        "iou": iou.tolist(),
+    }

@@ -21,7 +21,7 @@ from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
-from agcseg.machine import device_name, find_device, peak_memory
+from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import build
 from agcseg.record import (
     TensorBoard,

@@ -46,10 +46,10 @@ def open_cache(
 ) -> Cached:
     """Open the memory map of these samples, and build it first if it is not there.
 
-    Images are resized by Pillow's bilinear filter (antialiased: its support grows with the reduction), labels by nearest
-    neighbour. The folder's name holds a hash of the file list with sizes and times, of the training size and of the
-    class table, so changed data are never taken for old ones. A build runs under a lock, writes beside the place and is
-    renamed at the end: two processes share one build, and a killed one leaves nothing that is taken for whole.
+    Images are resized by Pillow's bilinear filter (antialiased: its support grows with the reduction), labels by the
+    nearest neighbour. The folder's name holds a hash of the file list with sizes and times, of the training size and of
+    the class table, so changed data are never taken for old ones. A build runs under a lock, writes beside the place
+    and is renamed at the end: two processes share one build, and a killed one leaves nothing that is taken for whole.
 
     Args:
         size: (height, width) of training.

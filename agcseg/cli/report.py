@@ -1,0 +1,73 @@
+"""The program agcseg-report."""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+
+from agcseg.errors import UserError
+from agcseg.report import read_folder, summarise, table_text, write_report
+
+# To fit a terminal, these columns are dropped from the table where all runs agree in them, and said once above it.
+SAID_ONCE = ("network", "seed", "commonest class")
+
+EPILOG = """\
+example:
+  agcseg-train -m experiment=demo      make a few runs in outputs/demo
+  agcseg-report outputs/demo           compare them
+
+A run is a subfolder with config.yaml and metrics.csv. Runs may still be going on: report again whenever you like.
+
+written into FOLDER:
+  figure.png       validation pixel error and loss against the epoch, one column per normalisation
+  report.md        the table, with how each diverged run ended
+  report.csv       the table for programs: errors are fractions, not %
+  predictions.png  the first validation image as each run predicts it (where runs have stored predictions)
+
+exit code: 0 all is well, 1 some files are broken (the other runs are reported), 2 nothing to report
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs agcseg-report; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="agcseg-report",
+        description="Compare the training runs of one folder: draws their curves and lists what they reached.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder with one subfolder per run, such as outputs/demo")
+    folder = parser.parse_args(argv).folder
+    try:
+        runs, broken, notes = read_folder(folder)
+        paths = write_report(folder, (runs, broken, notes))
+    except (UserError, OSError) as error:
+        print(f"agcseg-report: error: {error}", file=sys.stderr)
+        return 2
+
+    states = Counter(run.state for run in runs)
+    print(f"{folder}: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    columns = list(zip(*table_text([summarise(run) for run in runs]), strict=True))
+    once = [column for column in columns if column[0] in SAID_ONCE and len({*column[1:]} - {""}) < 2]
+    print(", ".join(f"{column[0]} {max(column[1:])}" for column in once if max(column[1:])) + "\n")
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        cells = [
+            text.ljust(width) if column[0] in ("run", "norm", "state") else text.rjust(width)
+            for text, width, column in zip(line, widths, columns, strict=True)
+            if column not in once
+        ]
+        print("  ".join(cells).rstrip())
+    print()
+    for note in [*(f"{run.name} diverged: {run.reason}" for run in runs if run.reason), *notes]:
+        print(f"note: {note}")
+    for line in broken:
+        print(f"agcseg-report: broken: {line}", file=sys.stderr)
+    for path in paths:
+        print(f"wrote {path}")
+    print(f"tensorboard --logdir {shlex.quote(folder)}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

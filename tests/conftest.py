@@ -1,0 +1,39 @@
+"""A tiny street data set and a tiny run that many tests share."""
+
+import logging
+
+import pytest
+import torch
+
+from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig
+from agcseg.data.streets import make_streets
+
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory):
+    """Built-in streets: 8 + 4 scenes of 64x128, in the Cityscapes layout."""
+    return make_streets(tmp_path_factory.mktemp("data") / "streets", train=8, val=4, size=(64, 128), seed=0)
+
+
+@pytest.fixture
+def tiny(streets, tmp_path):
+    """Make the configuration of a run that takes seconds; keyword arguments replace its values."""
+
+    def make(norm: str = "agc", **values) -> Config:
+        data = DataConfig("streets", str(streets), str(tmp_path / "cache"), [32, 64], None, None)
+        network = NetworkConfig(width=0.05, init="he_centered")
+        return Config(
+            **{"network": network, "norm": NormConfig(norm), "data": data, "epochs": 2, "device": "cpu", **values}
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    logging.getLogger("agcseg").setLevel(logging.DEBUG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)

@@ -1,0 +1,119 @@
+"""The layer against the paper's equation (1), written as slow loops."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from agcseg import AGC2d, ConvUnit, agc, agc_conv2d
+
+
+def loops(z, gamma, beta, lam):
+    """Equation (1) for one sample and one filter after the other."""
+    output = torch.empty_like(z)
+    for s in range(z.shape[0]):
+        for f in range(z.shape[1]):
+            total, points = 0.0, 0
+            for row in z[s, f]:
+                for value in row:
+                    total, points = total + value, points + 1
+            for i in range(z.shape[2]):
+                for j in range(z.shape[3]):
+                    output[s, f, i, j] = (z[s, f, i, j] - lam[f] * (total / points)) * gamma[f] + beta[f]
+    return output
+
+
+def parameters(channels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    gamma, beta = torch.randn(2, channels, generator=generator, dtype=torch.float64)
+    gamma[0] = 0
+    lam = torch.linspace(-0.3, 2, channels, dtype=torch.float64)
+    return gamma, beta, lam
+
+
+def test_equation_1():
+    z = torch.randn(3, 4, 5, 7, dtype=torch.float64)
+    gamma, beta, lam = parameters(4)
+    torch.testing.assert_close(agc(z, gamma, beta, lam), loops(z, gamma, beta, lam), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel_size", "padding", "stride"), [(3, 1, 1), (1, 0, 1), (3, 1, 2)])
+def test_folded_form_is_convolution_then_agc(kernel_size, padding, stride):
+    x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(4, 3, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
+    gamma, beta, lam = (p.requires_grad_() for p in parameters(4))
+    inputs = (x, filters, gamma, beta, lam)
+    folded = agc_conv2d(*inputs, stride=stride, padding=padding)
+    literal = agc(F.conv2d(x, filters, stride=stride, padding=padding), gamma, beta, lam)
+    torch.testing.assert_close(folded, literal, rtol=0, atol=1e-12)
+    back = torch.randn_like(folded)
+    for a, b in zip(
+        torch.autograd.grad(folded, inputs, back), torch.autograd.grad(literal, inputs, back), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_gradcheck():
+    inputs = (torch.randn(2, 3, 4, 5, dtype=torch.float64), *parameters(3))
+    assert torch.autograd.gradcheck(agc, [p.clone().requires_grad_() for p in inputs])
+
+
+def test_minibatch_is_its_samples_one_by_one():
+    layer, x = AGC2d(4).double(), torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), torch.cat([layer(sample) for sample in x.split(1)]), rtol=0, atol=0)
+
+
+def test_train_equals_eval():
+    layer, x = AGC2d(4), torch.randn(2, 4, 6, 6)
+    assert torch.equal(layer.train()(x), layer.eval()(x))
+
+
+def test_identity_and_mean_subtraction():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    assert torch.equal(AGC2d(4, mean_scale=0).double()(x), x)
+    layer = AGC2d(4).double()
+    torch.nn.init.constant_(layer.bias, 0.3)
+    torch.testing.assert_close(layer(x).mean((2, 3)), torch.full((2, 4), 0.3, dtype=torch.float64))
+
+
+def test_initial_values_and_repr():
+    layer = AGC2d(3, mean_scale=0.5)
+    assert layer.weight.tolist() == [1, 1, 1] and layer.bias.tolist() == [0, 0, 0]
+    assert layer.mean_scale.tolist() == [0.5] * 3
+    assert repr(layer) == "AGC2d(3, mean_scale=0.5)"
+    assert list(layer.state_dict()) == ["weight", "bias", "mean_scale"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_reduced_in_float32(dtype):
+    # 65,536 ones behind a large value: a half-precision sum would lose them.
+    x = torch.ones(1, 1, 256, 257, dtype=dtype)
+    x[..., 0] = 512
+    mean = x.double().mean().item()
+    output = AGC2d(1)(x)
+    assert output.dtype == dtype
+    assert output[0, 0, 0, 1].item() == pytest.approx(1 - mean, rel=2 * torch.finfo(dtype).eps)
+
+
+def test_unit_under_autocast():
+    unit, x = ConvUnit(3, 8), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = unit(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), unit(x), rtol=0.05, atol=0.05)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\); got \(4, 6\)"):
+        AGC2d(4)(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="made for 4 channels; the input has 5"):
+        AGC2d(4)(torch.zeros(1, 5, 6, 6))
+
+
+def test_import_loads_torch_and_nothing_else():
+    script = "import sys, torch; had = set(sys.modules); import agcseg; print(*sorted(set(sys.modules) - had))"
+    new = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[0] for name in new} == {"agcseg"}
+    assert not any(name.startswith(("agcseg.data", "agcseg.run", "agcseg.cli")) for name in new)

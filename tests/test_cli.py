@@ -1,0 +1,98 @@
+"""The programs as a user meets them, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_data import write_cityscapes
+
+
+@pytest.fixture
+def command(tmp_path):
+    def call(program, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", f"agcseg.cli.{program}", *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    return call
+
+
+@pytest.fixture
+def small(streets, tmp_path):
+    return [
+        "data=streets", f"data.root={streets}", "data.size=[32,64]", f"data.cache_dir={tmp_path}/cache",
+        "network.width=0.05", "epochs=1", "device=cpu",
+    ]  # fmt: skip
+
+
+def test_two_run_sweep_then_nothing_left_then_report(command, small, tmp_path):
+    done = command("train", "-m", *small, "norm=bn,agc", "name=pair")
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name for path in (tmp_path / "outputs/pair").iterdir() if path.is_dir())
+    assert folders == [
+        f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")
+    ]
+    assert "Traceback" not in done.stdout + done.stderr
+    again = command("train", "-m", *small, "norm=bn,agc", "name=pair")
+    assert again.returncode == 0 and again.stdout.count("nothing left to do") == 2
+    report = command("report", "outputs/pair")
+    assert report.returncode == 0 and "tensorboard --logdir outputs/pair" in report.stdout
+    assert {"figure.png", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "outputs/pair").iterdir()}
+
+
+def test_a_diverged_and_a_refused_run_do_not_stop_a_sweep(command, small, tmp_path):
+    done = command("train", "-m", *small, "norm=none", "lr.value=1e30,-1,0.01", "name=three", "epochs=3")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    states = [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("outputs/three/*/result.json"))]
+    assert sorted(states) == ["diverged", "finished"]
+    assert "lr.value=-1.0: a learning rate must be positive" in done.stderr and "these runs failed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data.root=/nowhere"], 2, "agcseg-train experiment=demo"),
+        (["network=segnt"], 1, "Available options in 'network':"),
+        (["norm=batch"], 1, "instance"),
+        (["minibatches=3"], 1, "minibatches"),
+        (["minibatch=abc"], 1, "could not be converted to Integer"),
+        (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
+    ],
+)
+def test_mistakes(command, tmp_path, arguments, code, message):
+    done = command("train", *arguments)
+    assert done.returncode == code and message in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_data_program(command, tmp_path):
+    done = command("data", "data=streets", "data.root=made", "data.streets.train=3", "data.streets.val=1",
+                   "data.streets.size=[64,128]", "data.size=[32,64]", "data.cache_dir=cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train: 3 samples, 0 missing, 0 broken" in done.stdout and "all files are good" in done.stdout
+    assert len(list((tmp_path / "cache").glob("*/images.npy"))) == 2
+
+
+def test_data_program_lists_every_fault(command, tmp_path):
+    root = write_cityscapes(tmp_path / "city", [f"aachen_{i:06d}_000019" for i in range(3)])
+    (root / "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png").write_bytes(b"")
+    (root / "gtFine/train/aachen/aachen_000002_000019_gtFine_labelIds.png").unlink()
+    done = command("data", "data.root=city")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    for part in (
+        "aachen_000001_000019_leftImg8bit.png: cannot be decoded",
+        "aachen_000002_000019_gtFine_labelIds.png: missing (it comes with gtFine_trainvaltest.zip)",
+        "train: 2 complete samples, expected 2975",
+        "64x128, expected 1024x2048",
+    ):
+        assert part in done.stdout
+    missing = command("data", "data.root=nowhere")
+    assert missing.returncode == 1 and "leftImg8bit_trainvaltest.zip" in missing.stdout
+
+
+@pytest.mark.parametrize("program", ["train", "data", "report"])
+def test_help_starts_with_what_it_does(command, program):
+    done = command(program, "--help")
+    assert done.returncode == 0 and f"agcseg-{program}" in done.stdout and "outputs/NAME" in done.stdout + "outputs/NAME"

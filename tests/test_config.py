@@ -1,0 +1,133 @@
+"""Every YAML composes, and every value that cannot work is refused before any data is touched."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from agcseg.cli import CONFIGS, to_object
+from agcseg.cli.train import run_name
+from agcseg.config import Config, check, rate
+from agcseg.errors import UserError
+
+
+def config(*overrides) -> Config:
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return to_object(compose("train", list(overrides)))
+
+
+def options(group):
+    return sorted(path.stem for path in (Path(CONFIGS) / group).glob("*.yaml"))
+
+
+def test_the_default_is_the_papers():
+    default = config()
+    check(default)
+    assert (default.network.name, default.norm.name, default.minibatch, default.epochs) == ("segnet", "agc", 4, 150)
+    assert (default.lr.base, default.momentum, default.weight_decay, default.class_weights) == (0.02, 0.9, 0, "enet")
+    assert (default.data.name, default.data.size) == ("cityscapes", [256, 512])
+    assert (default.data.train_images, default.data.val_images, default.data.flip) == (2750, 500, False)
+    assert rate(default) == pytest.approx(0.08)
+
+
+def test_the_schema_and_the_yaml_agree():
+    """Defaults in agcseg/config.py, which Python users see, are those of the command line."""
+    loaded, plain = dataclasses.asdict(config()), dataclasses.asdict(Config())
+    for key in ("network", "norm"):  # the YAML also lists each one's options
+        loaded[key].pop("options"), plain[key].pop("options")
+    loaded["data"].pop("root"), plain["data"].pop("root"), loaded["data"].pop("cache_dir"), plain["data"].pop("cache_dir")
+    assert loaded == plain
+
+
+@pytest.mark.parametrize("override", [f"{g}={o}" for g in ("network", "norm", "data", "experiment") for o in options(g)])
+def test_every_yaml_composes(override):
+    check(config(override))
+
+
+def test_every_name_has_its_yaml():
+    from agcseg.data import LAYOUTS
+    from agcseg.networks import NETWORKS
+    from agcseg.nn import NORMS
+
+    assert options("network") == sorted(NETWORKS)
+    assert options("norm") == sorted(NORMS)
+    assert options("data") == sorted(LAYOUTS)
+
+
+@pytest.mark.parametrize("norm", options("norm"))
+@pytest.mark.parametrize("network", options("network"))
+def test_every_network_and_norm_builds_from_its_yaml(network, norm):
+    from agcseg import build
+
+    loaded = config(f"network={network}", f"norm={norm}", "network.width=0.05")
+    build(
+        loaded.network.name,
+        norm=loaded.norm.name,
+        norm_options=loaded.norm.options,
+        width=loaded.network.width,
+        **loaded.network.options,
+    )
+
+
+def test_the_overrides_of_the_readme():
+    made = config(
+        "network=segnet", "norm=bn", "minibatch=8", "data=camvid", "data.root=/data", "epochs=30", "seed=2",
+        "lr.base=0.01", "data.size=[64,128]", "data.train_images=300", "data.val_images=50", "network.width=0.5",
+        "device=auto",
+    )  # fmt: skip
+    check(made)
+    assert rate(made) == pytest.approx(0.08) and made.name == "camvid"
+    assert rate(config("lr.value=0.5", "minibatch=8")) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["minibatch=0"], "minibatch=0: must be at least 1"),
+        (["data.size=[100,512]"], "data.size=[100, 512]: segnet takes [height,width] in multiples of 32"),
+        (["data.size=[256]"], "data.size=[256]: segnet takes [height,width]"),
+        (["lr.base=-0.1"], "lr.base=-0.1: a learning rate must be positive"),
+        (["lr.value=0"], "lr.value=0.0: a learning rate must be positive"),
+        (["lr.base=inf"], "must be positive and finite"),
+        (["data.train_images=3000"], "data.train_images=3000: cityscapes has 2975 train images"),
+        (["data.val_images=501"], "data.val_images=501: cityscapes has 500 val images"),
+        (["data=streets", "data.train_images=200"], "streets has 128 train images"),
+        (["data=streets", "minibatch=200"], "minibatch=200: there are 128 training images"),
+        (["accumulate=3"], "accumulate=3: must divide minibatch=4"),
+        (["momentum=1"], "momentum=1.0: must be at least 0 and below 1"),
+        (["epochs=0"], "epochs=0: must be at least 1"),
+        (["norm.name=batch"], "norm=batch: choose from agc, bn, group, instance, layer, none"),
+        (["network.init=xavier"], "network.init=xavier: choose from he, he_centered, identity"),
+        (["class_weights=median"], "class_weights=median: choose from enet, enet_raw, none"),
+        (["precision=fp8"], "precision=fp8: choose from fp32, bf16"),
+        (["name=../elsewhere"], "name=../elsewhere: must stay inside outputs/"),
+        (["network.width=0"], "network.width=0.0: must be positive"),
+    ],
+)
+def test_bad_values_are_refused(overrides, message):
+    with pytest.raises(UserError) as error:
+        check(config(*overrides))
+    assert message in str(error.value)
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(UserError) as error:
+        check(config("minibatch=0", "epochs=0", "precision=fp8"))
+    assert all(word in str(error.value) for word in ("minibatch=0", "epochs=0", "precision=fp8"))
+
+
+def test_run_names_come_from_the_configuration():
+    name = run_name(config(), [])
+    assert name == "segnet-agc-mb4-lr0.08-seed1"
+    overrides = ["data.size=[64,128]", "norm=bn", "minibatch=8", "network.width=0.25", "device=cpu", "epochs=3"]
+    assert run_name(config(*overrides), overrides) == (
+        "segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25"
+    )
+    assert run_name(config(*overrides), overrides[::-1]) == run_name(config(*overrides), overrides)
+
+
+def test_configs_are_plain_yaml():
+    for path in Path(CONFIGS).rglob("*.yaml"):
+        OmegaConf.load(path)

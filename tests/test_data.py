@@ -1,0 +1,266 @@
+"""Readers, checks, cache and minibatches on fake data sets in a temporary folder."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agcseg.data import LAYOUTS, open_data, streets_root
+from agcseg.data.cache import open_cache
+from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN
+from agcseg.data.layout import check, list_samples
+from agcseg.data.minibatches import MEAN, STD, choose, histogram, minibatches, normalise, open_split
+from agcseg.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def write_cityscapes(root, names=("aachen_000000_000019", "bochum_000001_000019"), size=(64, 128)):
+    """A Cityscapes tree in small: `names` in train, the first in val; label ids 7 (road), 26 (car), 0 (unlabelled)."""
+    generator = np.random.default_rng(0)
+    for split, stems in (("train", names), ("val", names[:1])):
+        for stem in stems:
+            city = stem.split("_")[0]
+            images, labels = root / "leftImg8bit" / split / city, root / "gtFine" / split / city
+            images.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            label = generator.choice(np.array([0, 7, 26], dtype=np.uint8), size)
+            Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+                images / f"{stem}_leftImg8bit.png"
+            )
+            Image.fromarray(label).save(labels / f"{stem}_gtFine_labelIds.png")
+            Image.fromarray(label.astype(np.uint16) * 1000).save(labels / f"{stem}_gtFine_instanceIds.png")
+    return root
+
+
+def write_camvid(root, ending="png"):
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 3), ("val", 2)):
+        (root / split).mkdir(parents=True)
+        (root / f"{split}annot").mkdir()
+        for i in range(n):
+            Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(
+                root / split / f"0001TP_{i}.{ending}"
+            )
+            Image.fromarray(generator.integers(0, 12, (60, 80), dtype=np.uint8)).save(
+                root / f"{split}annot" / f"0001TP_{i}.png"
+            )
+    return root
+
+
+LAYOUT = LAYOUTS["cityscapes"]._replace(expected=None, image_size=None)
+
+
+def test_class_tables():
+    assert len(CITYSCAPES) == 19 and CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle"
+    table = CITYSCAPES.lookup()
+    assert [table[i] for i in (7, 11, 33, 0, 6, 255, 34, 200)] == [0, 2, 18, *[IGNORE] * 3, *[UNKNOWN] * 2]
+    assert sum(table < 19) == 19 and sum(table == UNKNOWN) == 256 - 35
+    assert len(CAMVID) == 11 and CAMVID.lookup()[11] == IGNORE and CAMVID.lookup()[12] == UNKNOWN
+    assert CAMVID.palette().shape == (256, 3) and CAMVID.palette()[255].tolist() == [0, 0, 0]
+
+
+def test_cityscapes_is_listed_in_order_and_complete(tmp_path):
+    root = write_cityscapes(tmp_path, names=("zurich_000000_000019", "aachen_000001_000019"))
+    samples = list_samples(LAYOUT, root, "train")
+    assert [sample.name for sample in samples] == ["aachen/aachen_000001_000019", "zurich/zurich_000000_000019"]
+    assert samples[0].label.name == "aachen_000001_000019_gtFine_labelIds.png"
+    assert samples[0].instance.name == "aachen_000001_000019_gtFine_instanceIds.png"
+    assert check(samples, LAYOUT) == []
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_camvid(tmp_path, ending):
+    layout, cached = open_data("camvid", write_camvid(tmp_path / "data", ending), (32, 64), tmp_path / "cache")
+    assert cached["train"].images.shape == (3, 3, 32, 64) and cached["val"].labels.shape == (2, 32, 64)
+    assert set(np.unique(cached["train"].labels)) == {*range(11), IGNORE}
+
+
+def test_every_fault_is_named(tmp_path):
+    names = [f"aachen_{i:06d}_000019" for i in range(8)]
+    root = write_cityscapes(tmp_path, names)
+    images, labels = root / "leftImg8bit/train/aachen", root / "gtFine/train/aachen"
+    (labels / f"{names[0]}_gtFine_labelIds.png").unlink()
+    (images / f"{names[1]}_leftImg8bit.png").unlink()
+    truncated = images / f"{names[2]}_leftImg8bit.png"
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    Image.new("L", (64, 32)).save(labels / f"{names[3]}_gtFine_labelIds.png")
+    Image.new("RGB", (128, 64)).save(labels / f"{names[4]}_gtFine_labelIds.png")
+    Image.new("L", (128, 64), 77).save(labels / f"{names[5]}_gtFine_labelIds.png")
+    (labels / f"{names[6]}_gtFine_labelIds.png").write_text("no picture")
+    samples, missing = LAYOUT.scan(root, "train")
+    assert [line.split(": ", 1)[1] for line in missing] == [
+        "missing (it comes with gtFine_trainvaltest.zip)",
+        "missing (it comes with leftImg8bit_trainvaltest.zip)",
+    ]
+    assert names[0] in missing[0] and names[1] in missing[1]
+    broken = check(samples, LAYOUT)
+    for line, name, what in zip(
+        broken,
+        names[2:7],
+        ("truncated", "32x64, but its image is 64x128", "mode RGB", "holds 77, which are no label ids", "cannot be decoded"),
+        strict=True,
+    ):
+        assert name in line and what in line
+    with pytest.raises(UserError) as error:
+        open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    assert "5 of 6 samples cannot be used" in str(error.value) and all(name in str(error.value) for name in names[2:7])
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_wrong_size_of_real_cityscapes(tmp_path):
+    layout = LAYOUTS["cityscapes"]
+    samples, _ = layout.scan(write_cityscapes(tmp_path), "val")
+    assert "64x128, expected 1024x2048" in check(samples, layout)[0]
+
+
+def test_missing_data_set_says_where_what_and_what_else(tmp_path):
+    with pytest.raises(UserError) as error:
+        list_samples(LAYOUT, tmp_path / "nowhere", "train")
+    for part in (
+        str(tmp_path / "nowhere"),
+        "gtFine_trainvaltest.zip",
+        "leftImg8bit/train/CITY/CITY_000000_000019_leftImg8bit.png",
+        "experiment=demo",
+        "data.root=FOLDER",
+    ):
+        assert part in str(error.value)
+
+
+def test_cache_holds_resized_images_and_nearest_labels(tmp_path):
+    root = write_cityscapes(tmp_path / "data")
+    samples = list_samples(LAYOUT, root, "train")
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    image = Image.open(samples[1].image).resize((64, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(cached.images[1].transpose(1, 2, 0), np.asarray(image))
+    # A plain subsampling leaves the noise of single pixels; the antialiased resize averages it away.
+    assert cached.images.std() < 0.7 * np.asarray(Image.open(samples[1].image)).std()
+    assert set(np.unique(cached.labels)) == {0, 13, IGNORE}
+    again = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train", progress=None)  # would fail if it built
+    assert again.folder == cached.folder and np.array_equal(again.images, cached.images)
+
+
+def test_cache_is_keyed_by_files_and_size(tmp_path):
+    root = write_cityscapes(tmp_path / "data")
+    samples = list_samples(LAYOUT, root, "train")
+    folders = [open_cache(LAYOUT, samples, size, tmp_path, "train").folder for size in ((32, 64), (64, 64))]
+    os.utime(samples[0].label, ns=(1, 1))
+    folders.append(open_cache(LAYOUT, samples, (32, 64), tmp_path, "train").folder)
+    folders.append(open_cache(LAYOUT, samples[:1], (32, 64), tmp_path, "train").folder)
+    assert len(set(folders)) == 4
+
+
+def _open(samples, cache_dir, queue, pause):
+    def slowly(items, total):
+        for item in items:
+            time.sleep(pause)
+            yield item
+
+    built = []
+
+    def progress(items, total):
+        built.append(total)
+        return slowly(items, total)
+
+    cached = open_cache(LAYOUT, samples, (32, 64), cache_dir, "train", progress, say=lambda line: None)
+    queue.put((bool(built), cached.images.sum(dtype=np.int64)))
+
+
+def test_two_processes_share_one_build(tmp_path):
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_open, args=(samples, tmp_path / "cache", queue, 0.3)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert results[0][1] == results[1][1]
+    assert sum(built for built, _ in results) == 1
+
+
+def test_killed_build_leaves_nothing_that_counts(tmp_path):
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_open, args=(samples, tmp_path / "cache", context.Queue(), 30))
+    process.start()
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("cache/*.tmp/labels.npy")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list(tmp_path.glob("cache/*.tmp"))  # it was in the middle of it
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    assert len(cached.images) == 2 and not list(tmp_path.glob("cache/*.tmp"))
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match="data.cache_dir="):
+        open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+
+
+def test_streets_are_made_once(tmp_path):
+    said = []
+    roots = [streets_root(tmp_path, 2, 1, (64, 128), 0, said.append) for _ in range(2)]
+    assert roots[0] == roots[1] and len(said) == 1
+    layout, cached = open_data("streets", roots[0], (32, 64), tmp_path)
+    assert len(cached["train"].names) == 2 and len(cached["val"].names) == 1
+
+
+@pytest.fixture
+def split(streets, tmp_path):
+    _, cached = open_data("streets", streets, (32, 64), tmp_path)
+    return open_split(cached["train"], choose(8, 7, seed=0), CPU)
+
+
+def test_choice_is_fixed_and_seeded():
+    assert choose(2975, None, 0).tolist() == list(range(2975))
+    chosen = choose(2975, 2750, 0)
+    assert len(set(chosen.tolist())) == 2750 and (np.diff(chosen) > 0).all()
+    assert np.array_equal(chosen, choose(2975, 2750, 0)) and not np.array_equal(chosen, choose(2975, 2750, 1))
+
+
+def test_minibatches_of_training(split):
+    def epoch(seed, number):
+        return [images for images, _ in minibatches(split, 3, CPU, shuffle=(seed, number))]
+
+    first = epoch(1, 1)
+    assert [tuple(images.shape) for images in first] == [(3, 3, 32, 64)] * 2  # the seventh is dropped
+    assert all(torch.equal(a, b) for a, b in zip(first, epoch(1, 1), strict=True))
+    assert not torch.equal(first[0], epoch(1, 2)[0]) and not torch.equal(first[0], epoch(2, 1)[0])
+
+
+def test_minibatches_of_validation_show_every_image_once(split):
+    batches = list(minibatches(split, 3, CPU))
+    assert [len(images) for images, _ in batches] == [3, 3, 1]
+    labels = torch.cat([labels for _, labels in batches])
+    assert torch.equal(labels, split.labels[torch.from_numpy(split.indices)])
+
+
+def test_flip_mirrors_image_and_label_together(split):
+    plain = list(minibatches(split, 7, CPU, shuffle=(1, 1)))[0]
+    flipped = list(minibatches(split, 7, CPU, shuffle=(1, 1), flip=True))[0]
+    mirrored = [not torch.equal(a, b) for a, b in zip(plain[0], flipped[0], strict=True)]
+    assert 0 < sum(mirrored) < 7
+    for i, was in enumerate(mirrored):
+        for a, b in zip(plain, flipped, strict=True):
+            assert torch.equal(b[i], a[i].flip(-1) if was else a[i])
+
+
+def test_normalisation():
+    image = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), MEAN, STD, strict=True)]
+    torch.testing.assert_close(normalise(image).flatten(), torch.tensor(expected))
+
+
+def test_histogram(split):
+    labels = split.labels[torch.from_numpy(split.indices)]
+    assert histogram(split, 19) == [(labels == k).sum().item() for k in range(19)]

@@ -1,0 +1,225 @@
+"""The run: what it leaves, how it goes on, what it refuses. Tiny networks on tiny streets."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import agcseg.run
+from agcseg.config import RateConfig
+from agcseg.errors import UserError
+from agcseg.losses import segmentation_loss
+from agcseg.run import run
+
+replace = dataclasses.replace
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def untimed(folder):
+    timed = {"images_per_second", "seconds", "peak_memory_mib"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows(folder)]
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["network"]
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_run_leaves_a_complete_record(tiny, tmp_path):
+    config, folder = tiny(minibatch=2, epochs=3), tmp_path / "run"
+    result = run(config, folder)
+    assert result["state"] == "finished" and result["epochs"] == 3
+    assert result == json.loads((folder / "result.json").read_text())
+    table = rows(folder)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"] and table[-1]["samples"] == "24"
+    assert float(table[-1]["rate"]) == pytest.approx(0.04)
+    assert 0 < float(table[-1]["pixel_error"]) < 1 and 0 < result["commonest_class_error"] < 1
+    assert {"train_loss", "val_loss", "miou", "gradient_norm", "iou/road", "peak_memory_mib"} <= table[0].keys()
+    assert "minibatch: 2" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "class_weights.json").read_text())["mean"] == pytest.approx(1)
+    assert list((tmp_path / "cache").glob("streets-train-*-enet-8-choice0.json"))
+    assert (folder / "predictions.png").stat().st_size > 500
+    assert "epoch   3/3" in (folder / "run.log").read_text()
+    assert [step for step, _ in scalars(folder, "curves/pixel_error")] == [1, 2, 3]
+    assert [step for step, _ in scalars(folder / "samples", "curves/pixel_error")] == [8, 16, 24]
+    assert len(scalars(folder, "lambda_mean/encoder.0.0")) == 3 and len(scalars(folder, "lambda_q95/decoder.0.1")) == 3
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert saved["classes"][0] == "road" and saved["normalisation"]["mean"] and saved["config"]["minibatch"] == 2
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["samples"]  # no extra TensorBoard run
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("norm", ["agc", "bn"])
+@pytest.mark.parametrize("after", ["_logits", "write_metrics", "save_checkpoint"])
+def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeypatch, norm, after):
+    """Kill the run in the middle of its third epoch, or on either side of writing its checkpoint."""
+    config = tiny(norm, epochs=4, minibatch=2)
+    run(config, tmp_path / "straight")
+    original, calls = getattr(agcseg.run, after), 0
+
+    def killed(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == (15 if after == "_logits" else 3):
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(agcseg.run, after, killed)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "broken")
+    assert not (tmp_path / "broken/result.json").exists()
+    assert run(config, tmp_path / "broken")["epochs"] == 4
+    straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
+    assert straight.keys() == broken.keys() and all(torch.equal(straight[key], broken[key]) for key in straight)
+    assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
+    for part in ("", "samples"):
+        folders = (tmp_path / "straight" / part, tmp_path / "broken" / part)
+        straight, broken = (scalars(folder, "curves/val_loss") for folder in folders)
+        assert set(broken) <= set(straight) and len(broken) == len(set(broken))
+        assert len(broken) >= len(straight) - (after == "write_metrics")
+
+
+def test_same_seed_same_run_other_seed_other_run(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tiny(seed=seed), tmp_path / name)
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b") != untimed(tmp_path / "c")
+
+
+def test_finished_run_is_skipped_and_can_be_prolonged(tiny, tmp_path):
+    first = run(tiny(epochs=2), tmp_path / "run")
+    written = (tmp_path / "run/last.pt").stat().st_mtime_ns
+    assert run(tiny(epochs=2), tmp_path / "run") == first
+    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == written
+    assert run(tiny(epochs=3), tmp_path / "run")["epochs"] == 3
+    run(tiny(epochs=3), tmp_path / "straight")
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
+
+
+def test_resume_false_starts_beside(tiny, tmp_path):
+    run(tiny(epochs=1), tmp_path / "run")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    run(tiny(epochs=1, resume=False), tmp_path / "run")
+    assert (tmp_path / "run-2/result.json").exists() and (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_another_run_in_the_folder_is_refused_and_kept(tiny, tmp_path):
+    run(tiny(epochs=1), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for epochs in (1, 2):  # finished, and to be prolonged
+        with pytest.raises(UserError) as error:
+            run(tiny(epochs=epochs, momentum=0.5), tmp_path / "run")
+        assert "momentum: 0.9 there, 0.5 here" in str(error.value) and "name=" in str(error.value)
+    log = tmp_path / "run/run.log"
+    assert {path: path.read_bytes() for path in before if path != log} == {p: b for p, b in before.items() if p != log}
+
+
+def test_changed_data_are_noticed(tiny, tmp_path):
+    run(tiny(epochs=1), tmp_path / "run")
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    torch.save({**saved, "histogram": [1] * 19}, tmp_path / "run/last.pt")
+    with pytest.raises(UserError, match="training images or their labels have changed"):
+        run(tiny(epochs=2), tmp_path / "run")
+
+
+def test_broken_checkpoint_is_named(tiny, tmp_path):
+    run(tiny(epochs=1), tmp_path / "run")
+    (tmp_path / "run/last.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"last\.pt: cannot be read"):
+        run(tiny(epochs=2), tmp_path / "run")
+
+
+def test_two_processes_do_not_share_a_run(tiny, tmp_path):
+    import filelock
+
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another process"):
+        run(tiny(), tmp_path / "run")
+
+
+def test_divergence_ends_the_run_with_a_reason(tiny, tmp_path):
+    config = tiny("none", epochs=5, lr=RateConfig(value=1e30))
+    result = run(config, tmp_path / "run")
+    assert result["state"] == "diverged" and "the loss became" in result["reason"] and "step" in result["reason"]
+    assert run(config, tmp_path / "run") == result  # not tried again
+
+
+def test_divergence_keeps_the_last_finite_epoch(tiny, tmp_path, monkeypatch):
+    calls = 0
+
+    def loss(logits, labels, weights=None):
+        nonlocal calls
+        calls += logits.requires_grad
+        return segmentation_loss(logits, labels, weights) * (math.nan if calls == 4 else 1)
+
+    monkeypatch.setattr(agcseg.run, "segmentation_loss", loss)
+    result = run(tiny(epochs=5), tmp_path / "run")  # 2 steps per epoch: the second of epoch 2
+    assert (result["state"], result["epochs"], len(rows(tmp_path / "run"))) == ("diverged", 1, 1)
+    assert "nan in epoch 2, step 2 of 2; the last finite loss was 0." in result["reason"]
+    assert math.isfinite(result["pixel_error"]) and math.isfinite(result["train_loss"])
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_gives_the_same_gradient(tiny, tmp_path, accumulate):
+    """One step each; the weights' difference from the start is the gradient. AGC: exact. BN's statistics differ."""
+    for parts in (1, accumulate):
+        run(tiny(minibatch=4, accumulate=parts, epochs=1), tmp_path / f"{parts}")
+    one, many = weights(tmp_path / "1"), weights(tmp_path / f"{accumulate}")
+    for key in one:
+        torch.testing.assert_close(one[key], many[key], rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_spares_the_gains(tiny, tmp_path):
+    network = agcseg.run.build("segnet", norm="agc", width=0.1)
+    filters, vectors = agcseg.run._parameter_groups(network, 0.1)
+    assert filters["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
+    assert len(filters["params"]) == 26 and len(vectors["params"]) == 25 * 3 + 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"precision": "bf16"}, {"channels_last": True}, {"deterministic": True}, {"class_weights": "none"}, {"images": 0}],
+)
+def test_switches(tiny, tmp_path, values):
+    result = run(tiny(**values), tmp_path / "run")
+    assert result["state"] == "finished" and math.isfinite(result["val_loss"])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_learns(tiny, tmp_path):
+    """The error falls below that of always naming the commonest class."""
+    config = tiny(epochs=40, minibatch=2, lr=RateConfig(value=0.1), class_weights="none")
+    config.network.width = 0.1
+    result = run(config, tmp_path / "run")
+    assert result["pixel_error"] < 0.8 * result["commonest_class_error"]
+
+
+def test_device_that_is_not_there(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"device=cuda:9: cannot be used here .* try device=auto"):
+        run(tiny(device="cuda:9"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("values", [{}, {"precision": "bf16", "channels_last": True}, {"deterministic": True}])
+def test_cuda(tiny, tmp_path, values):
+    result = run(tiny(device="cuda", **values), tmp_path / "run")
+    assert result["state"] == "finished" and math.isfinite(result["val_loss"])

@@ -173,12 +173,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             shuffled = minibatches(train, config.minibatch, device, shuffle=(config.seed, epoch), flip=config.data.flip)
             for step, (images, labels) in enumerate(shuffled):
                 optimizer.zero_grad()
-                losses[step] = 0
-                # Sum over images, then divide by the whole minibatch: exact whatever the split.
-                for some, truth in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-                    loss = segmentation_loss(_logits(model, some, config), truth, weights).sum() / config.minibatch
-                    loss.backward()
-                    losses[step] += loss.detach()
+                losses[step] = backward(model, images, labels, weights, config)
                 gradient_norm += torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
                 optimizer.step()
                 # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
@@ -247,6 +242,23 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     write_json(folder / "result.json", result)
     log.info(_result_line(folder, result))
     return result
+
+
+def backward(model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, config: Config) -> Tensor:
+    """Add the gradient of a minibatch's mean loss to the parameters' `.grad`, in `config.accumulate` parts.
+
+    Summed over images and divided by the whole minibatch, so that the split changes nothing (batch normalisation's
+    statistics apart).
+
+    Returns:
+        the mean loss, detached.
+    """
+    total = torch.zeros((), device=images.device, dtype=weights.dtype)
+    for some, truth in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+        loss = segmentation_loss(_logits(model, some, config), truth, weights).sum() / len(images)
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """A tiny street data set and a tiny run that many tests share."""
 
 import logging
+import os
 
-import pytest
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve tests that run beside them
 
-from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig
-from agcseg.data.streets import make_streets
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig  # noqa: E402
+from agcseg.data.streets import make_streets  # noqa: E402
 
 
 @pytest.fixture(scope="session")

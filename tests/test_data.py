@@ -188,7 +188,8 @@ def test_two_processes_share_one_build(tmp_path):
 def test_killed_build_leaves_nothing_that_counts(tmp_path):
     samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_open, args=(samples, tmp_path / "cache", context.Queue(), 30))
+    queue = context.Queue()
+    process = context.Process(target=_open, args=(samples, tmp_path / "cache", queue, 30))
     process.start()
     deadline = time.time() + 60
     while not list(tmp_path.glob("cache/*.tmp/labels.npy")) and time.time() < deadline:

@@ -9,7 +9,7 @@ from agcseg.errors import UserError
 from agcseg.report import read_folder, summarise, table_text, write_report
 
 # To fit a terminal, these columns are dropped from the table where all runs agree in them, and said once above it.
-SAID_ONCE = ("network", "seed", "commonest class")
+SAID_ONCE = ("network", "width", "data", "size", "seed", "commonest class")
 
 EPILOG = """\
 example:

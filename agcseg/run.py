@@ -129,7 +129,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     learning_rate = rate(config)
-    optimizer = torch.optim.SGD(_parameter_groups(network, config.weight_decay), learning_rate, config.momentum)
+    groups = _parameter_groups(network, config.weight_decay)
+    optimizer = torch.optim.SGD(groups, learning_rate, config.momentum, fused=True)
 
     epoch, samples, seconds, rows = 0, 0, 0.0, []
     if (folder / "last.pt").exists():

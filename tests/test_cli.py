@@ -95,4 +95,5 @@ def test_data_program_lists_every_fault(command, tmp_path):
 @pytest.mark.parametrize("program", ["train", "data", "report"])
 def test_help_starts_with_what_it_does(command, program):
     done = command(program, "--help")
-    assert done.returncode == 0 and f"agcseg-{program}" in done.stdout and "outputs/NAME" in done.stdout + "outputs/NAME"
+    assert done.returncode == 0 and f"agcseg-{program}" in done.stdout.splitlines()[0]
+    assert "outputs/" in done.stdout or program == "data"

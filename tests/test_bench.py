@@ -1,0 +1,101 @@
+"""The benchmark's bookkeeping, on networks small enough for seconds. No time is asserted."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+import agcseg.bench
+from agcseg.bench import Case, Step, alone, kept_for_backward, largest_minibatch
+from agcseg.cli.bench import main
+
+
+def case(variant="bn", **values):
+    return Case(**{"network": "segnet", "variant": variant, "minibatch": 1, "precision": "fp32", "size": (32, 64),
+                   "width": 0.05, **values})  # fmt: skip
+
+
+def test_variant_names():
+    names = {
+        variant: (case(variant).norm, case(variant).suffix) for variant in ("bn", "agc-literal-compiled", "agc-graphs")
+    }
+    assert names == {
+        "bn": ("bn", ""),
+        "agc-literal-compiled": ("agc-literal", "-compiled"),
+        "agc-graphs": ("agc", "-graphs"),
+    }
+
+
+def test_kept_bytes_by_hand():
+    """x·w keeps x for w's gradient and w for x's; parameters do not count, copies of them do, nothing counts twice."""
+    step = Step(case())
+    step.network = nn.Linear(4, 8, bias=False)
+    x = torch.randn(16, 4)
+    step.loss = lambda: step.network(x).sum()
+    assert kept_for_backward(step) == 16 * 4 * 4
+    step.loss = lambda: (step.network(x).exp() * nn.functional.linear(x, step.network.weight * 2)).sum()
+    # x once; exp's result once (for exp and for the product); the second factor; the doubled weight is not kept, since
+    # x needs no gradient
+    assert kept_for_backward(step) == 4 * (16 * 4 + 2 * 16 * 8)
+
+
+def test_alone():
+    figures = alone(case())
+    step = Step(case())
+    assert figures["parameters"] == sum(p.numel() for p in step.network.parameters())
+    assert figures["kept_mib"] > 0 and figures["gflop"] > 0
+    assert alone(case(minibatch=2))["gflop"] == pytest.approx(2 * figures["gflop"])
+
+
+def test_gflop_of_segnet():
+    """81.39 GMAC forward at 256x512 and width 1 (three times that with backward, less the image's gradient)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import agcseg
+
+    with torch.device("meta"):
+        network, images = agcseg.networks.SegNet(norm=nn.BatchNorm2d), torch.empty(1, 3, 256, 512)
+    with FlopCounterMode(display=False) as counter:
+        network(images)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(81.39, abs=0.01)
+
+
+def test_program(tmp_path, capsys):
+    arguments = ["--width", "0.05", "--size", "32x64", "--variants", "bn,none", "--rounds", "2", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "bench.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["bn", "none"]
+    assert float(rows[0]["time_to_bn"]) == 1 and float(rows[1]["kept_to_bn"]) < 1
+    assert "| segnet | none | 1 | fp32 |" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert "time/bn" in capsys.readouterr().out
+
+
+def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
+    """Weights 1 MiB; gradients and momentum 2 MiB and 5 MiB per image above that: 33 MiB hold six images."""
+    peaks = {1: 7.0, 3: 17.0}
+    monkeypatch.setattr(
+        agcseg.bench,
+        "_alone_in_a_process",
+        lambda case: {"peak_mib": peaks[case.minibatch], "parameters": 2**18},
+    )
+    assert [largest_minibatch(case(), mib * 2**20)[0] for mib in (2, 7, 8, 33)] == [0, 0, 1, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variants", "bm"], "bm is not known; choose from bn,"),
+        (["--size", "100x100"], "must be multiples of 32"),
+        (["--budget", "12"], "give a number with GiB"),
+        (["--device", "cuda:9"], "device=cuda:9: cannot be used here"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and message in capsys.readouterr().err

@@ -288,7 +288,7 @@ def _strip(run: Run) -> np.ndarray:
         height = min(picture.height, round(picture.width / 4 * run.size[0] / run.size[1]))  # four pictures side by side
         strip = ImageOps.contain(picture.convert("RGB").crop((0, 0, picture.width, height)), (1200, 1200))
     page = ImageOps.expand(strip, (0, 36, 0, 0), "white")
-    text = f"{run.name}: {NORMS.get(run.norm, run.norm)}, minibatch {run.minibatch}, rate {run.rate:.4g}, {run.state}"
+    text = f"{run.name}, {run.state}: image, prediction, truth and wrong pixels"
     ImageDraw.Draw(page).text((8, 8), text, fill="black", font=ImageFont.load_default(18))
     return np.asarray(page)
 

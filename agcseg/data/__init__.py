@@ -10,6 +10,7 @@ from agcseg.data.cache import Cached, open_cache
 from agcseg.data.layout import SPLITS, Layout, list_samples
 from agcseg.data.streets import make_streets
 
+STREETS_VERSION = 1  # of how the built-in streets look; a new number leaves those made earlier unused
 LAYOUTS = {layout.name: layout for layout in (cityscapes.LAYOUT, camvid.LAYOUT, cityscapes.STREETS)}
 
 
@@ -44,7 +45,7 @@ def open_data(
 def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, int], seed: int, say=print) -> Path:
     """The folder of the built-in streets with these parameters; they are made first where they are missing."""
     cache_dir = Path(cache_dir).expanduser()
-    root = cache_dir / f"streets-{train}+{val}-{size[0]}x{size[1]}-seed{seed}"
+    root = cache_dir / f"streets{STREETS_VERSION}-{train}+{val}-{size[0]}x{size[1]}-seed{seed}"
     if not root.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{root}.lock"):

@@ -34,7 +34,7 @@ def run_name(config: Config, overrides: list[str]) -> str:
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
         if key not in NAMED and not key.startswith("hydra"):
-            name += f"-{key}={re.sub(r'[^A-Za-z0-9.]+', 'x', value).strip('x')}"
+            name += f"-{key}={re.sub(r'[^A-Za-z0-9._]+', 'x', value).strip('x')}"
     return name
 
 

@@ -112,9 +112,9 @@ def alone(case: Case, steps: int = 2) -> dict:
     """Memory and work of one case, measured in this process: call it in a fresh one for the CPU.
 
     Returns:
-        peak_mib: peak above the network, its optimiser and the minibatch, before the first step (gradients and momentum
-            count as above); kept_mib: see `kept_for_backward`, compiled variants too; parameters; gflop of forward and
-            backward as torch counts them (None where it cannot).
+        peak_mib: peak above the network, its optimiser and the minibatch, before the first step (gradients and
+            momentum count as above); kept_mib: see `kept_for_backward`; parameters; gflop of forward and backward as
+            torch counts them, two per multiplication and addition.
     """
     step = Step(case)
     idle = _used(step.device)
@@ -123,11 +123,10 @@ def alone(case: Case, steps: int = 2) -> dict:
         step()
     result = {"peak_mib": peak_memory(step.device) - idle, "kept_mib": kept_for_backward(step) / 2**20}
     result["parameters"] = sum(p.numel() for p in step.network.parameters())
-    result["gflop"] = None
-    if not case.suffix:
-        with FlopCounterMode(display=False) as counter:
-            step.loss().backward()
-        result["gflop"] = counter.get_total_flops() / 1e9
+    step.model = step.network  # torch counts what runs eagerly
+    with FlopCounterMode(display=False) as counter:
+        step.loss().backward()
+    result["gflop"] = counter.get_total_flops() / 1e9
     return result
 
 

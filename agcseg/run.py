@@ -142,6 +142,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
         seconds = rows[-1]["seconds"]
         write_metrics(folder, rows)
+        (folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
     write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
     beside_cache = f"{cache_folder.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
     for path in (folder / "class_weights.json", cache_folder.with_name(beside_cache)):
@@ -333,6 +334,8 @@ def _finished(config: Config, folder: Path) -> dict | None:
         raise UserError(f"{folder / 'result.json'}: is not readable; delete it to continue from last.pt") from None
     if result["state"] == "finished" and result["epochs"] < config.epochs:
         return None
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: has a result.json but no config.yaml, so it cannot be told what ran there")
     settings, saved = asdict(config), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     _check_same_run({"config": saved, "histogram": None}, settings, None, folder)
     log.info(f"{_result_line(folder, result)} (nothing left to do)")

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 512))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for one thread on a busy machine")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: for one thread on a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "peak":

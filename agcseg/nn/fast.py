@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from agcseg.nn.pooling import flat_indices, window_offsets
 
@@ -134,7 +133,7 @@ def _backward(ctx, grad):
     if stem[0] is not None and need_maps[0]:
         shapes = [x.shape for x in inputs]
         d_stem, d_maps = _gradients(
-            d_maps[0], rebuilt, None, stem_mean, list(inputs), shapes, *stem[:2], stem[3], needs[6:10], needs[10:]
+            d_maps[0], rebuilt, None, stem_mean, inputs, shapes, *stem[:2], stem[3], needs[6:10], needs[10:]
         )
     elif stem[0] is not None:
         d_maps = [None] * len(needs[10:])
@@ -146,7 +145,7 @@ def _backward(ctx, grad):
 def _gradients(grad, output, winners, mean, maps, shapes, filters, gain, mean_scale, needs, need_maps):
     """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
 
-    Empties the list `maps`, the convolution's inputs: a rebuilt one is freed before its gradient is allocated.
+    `maps` are these inputs, and may be empty where neither W nor γ needs a gradient.
     """
     g = torch.ops.aten.threshold_backward(grad, output, 0)
     s = g.sum((2, 3), dtype=mean.dtype)
@@ -160,38 +159,52 @@ def _gradients(grad, output, winners, mean, maps, shapes, filters, gain, mean_sc
         if winners is not None:
             dz = _unpool(dz, winners, fill=level)
         del g
-        padding = filters.shape[2] // 2
-        if needs[0] or needs[1]:
-            slices = filters.split([shape[1] for shape in shapes], 1)
-            slices = [conv2d_weight(x, w.shape, dz, padding=padding) for x, w in zip(maps, slices, strict=True)]
-            maps.clear()
+        need_filters = needs[0] or needs[1]
+        d_maps, slices = _convolve_backward(dz, maps, shapes, filters, gain, need_maps, need_filters)
+        if need_filters:
             d_filters = (torch.cat(slices, 1) if len(slices) > 1 else slices[0]).to(filters.dtype)
-            if needs[1]:
-                rows = (w.flatten(1).to(mean.dtype) for w in (filters, d_filters))
-                d_gain = torch.linalg.vecdot(*rows).to(gain.dtype)
-            d_filters = d_filters.mul_(gain.view(-1, 1, 1, 1)) if needs[0] else None
-        maps.clear()
-        if any(need_maps):
-            folded = _fold(filters, gain, dz.dtype).split([shape[1] for shape in shapes], 1)
-            d_maps = [
-                conv2d_input(shape, w, dz, padding=padding) if need else None
-                for shape, w, need in zip(shapes, folded, need_maps, strict=True)
-            ]
+            d_gain = _scale(d_filters, filters, gain, mean.dtype)
     return [d_filters, d_gain, d_bias, d_mean_scale], d_maps
 
 
-def _fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    return (filters * gain.view(-1, 1, 1, 1)).to(dtype)
+def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """dW' becomes dW = γ·dW' in place; returns dγ = <W, dW'>. In blocks that stay in a processor's cache."""
+    rows = max(1, 2**17 // filters[0].numel())
+    d_gain = []
+    for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
+        d_gain.append((w.to(dtype) * d).sum((1, 2, 3)))
+        d.mul_(scale.view(-1, 1, 1, 1))
+    return torch.cat(d_gain).to(gain.dtype)
 
 
 def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor) -> Tensor:
-    """z' = (γW) * x, summed over the inputs, each with its slice of the filters."""
-    slices = _fold(filters, gain, inputs[0].dtype).split([x.shape[1] for x in inputs], 1)
+    """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
+    fold = filters[0].numel() < inputs[0].shape[0] * inputs[0].shape[2:].numel()  # scale what is smaller: W or z
+    filters = _fold(filters, gain, inputs[0].dtype) if fold else filters.to(inputs[0].dtype)
+    slices = filters.split([x.shape[1] for x in inputs], 1)
     with torch.autocast(inputs[0].device.type, enabled=False):  # the inputs' dtype decides
         z = F.conv2d(inputs[0], slices[0], padding=filters.shape[2] // 2)
         for x, w in zip(inputs[1:], slices[1:], strict=True):
             z += F.conv2d(x, w, padding=filters.shape[2] // 2)
-    return z
+    return z if fold else z.mul_(gain.view(-1, 1, 1))
+
+
+def _convolve_backward(dz, maps, shapes, filters, gain, need_maps, need_filters):
+    """Two lists over the inputs: dx and its slice of dW', None where not needed."""
+    folded = _fold(filters, gain, dz.dtype).split([shape[1] for shape in shapes], 1)
+    maps = maps or [dz.new_empty(1).expand(shape) for shape in shapes]  # only their shapes count
+    padding = [filters.shape[2] // 2] * 2
+    grads = [
+        torch.ops.aten.convolution_backward(
+            dz, x, w, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [need, need_filters, False]
+        )
+        for x, w, need in zip(maps, folded, need_maps, strict=True)
+    ]
+    return [dx for dx, _, _ in grads], [dw for _, dw, _ in grads]
+
+
+def _fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    return (filters * gain.view(-1, 1, 1, 1)).to(dtype)
 
 
 def _mean(z: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class _Unit(torch.autograd.Function):
         elif offsets is not None:
             maps = (_unpool(maps[0], offsets),)
         z = _convolve(maps, filters, gain)
-        ctx.shapes = [x.shape for x in maps]
+        ctx.widths = [x.shape[1] for x in maps]
         del maps
         mean = _mean(z)
         output = _activate(z, mean, bias, mean_scale)
@@ -127,13 +127,13 @@ def _backward(ctx, grad):
     elif offsets is not None and maps:
         maps = [_unpool(maps[0], offsets)]
     grads, d_maps = _gradients(
-        grad, output, winners, mean, maps, ctx.shapes, filters, gain, mean_scale, needs[2:6], need_maps
+        grad, output, winners, mean, maps, ctx.widths, filters, gain, mean_scale, needs[2:6], need_maps
     )
     d_stem = [None] * 4
     if stem[0] is not None and need_maps[0]:
-        shapes = [x.shape for x in inputs]
+        widths = [x.shape[1] for x in inputs]
         d_stem, d_maps = _gradients(
-            d_maps[0], rebuilt, None, stem_mean, inputs, shapes, *stem[:2], stem[3], needs[6:10], needs[10:]
+            d_maps[0], rebuilt, None, stem_mean, inputs, widths, *stem[:2], stem[3], needs[6:10], needs[10:]
         )
     elif stem[0] is not None:
         d_maps = [None] * len(needs[10:])
@@ -142,7 +142,7 @@ def _backward(ctx, grad):
     return None, None, *grads, *d_stem, *d_maps
 
 
-def _gradients(grad, output, winners, mean, maps, shapes, filters, gain, mean_scale, needs, need_maps):
+def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_scale, needs, need_maps):
     """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
 
     `maps` are these inputs, and may be empty where neither W nor γ needs a gradient.
@@ -154,13 +154,14 @@ def _gradients(grad, output, winners, mean, maps, shapes, filters, gain, mean_sc
     d_mean_scale = -(mean * s).sum(0).to(gain.dtype) if needs[3] else None
     d_maps = [None] * len(need_maps)
     if needs[0] or needs[1] or any(need_maps):
-        level = (-mean_scale * s / shapes[0][2:].numel())[:, :, None, None]
+        positions = output.shape[2:].numel() * (1 if winners is None else 4)
+        level = (-mean_scale * s / positions)[:, :, None, None]
         dz = g.add_(level)
         if winners is not None:
             dz = _unpool(dz, winners, fill=level)
         del g
         need_filters = needs[0] or needs[1]
-        d_maps, slices = _convolve_backward(dz, maps, shapes, filters, gain, need_maps, need_filters)
+        d_maps, slices = _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters)
         if need_filters:
             d_filters = (torch.cat(slices, 1) if len(slices) > 1 else slices[0]).to(filters.dtype)
             d_gain = _scale(d_filters, filters, gain, mean.dtype)
@@ -179,9 +180,9 @@ def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype)
 
 def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor) -> Tensor:
     """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
-    fold = filters[0].numel() < inputs[0].shape[0] * inputs[0].shape[2:].numel()  # scale what is smaller: W or z
-    filters = _fold(filters, gain, inputs[0].dtype) if fold else filters.to(inputs[0].dtype)
-    slices = filters.split([x.shape[1] for x in inputs], 1)
+    dtype, widths = inputs[0].dtype, [x.shape[1] for x in inputs]
+    fold = _fold_is_smaller(filters, inputs[0])
+    slices = (_fold(filters, gain) if fold else filters).to(dtype).split(widths, 1)
     with torch.autocast(inputs[0].device.type, enabled=False):  # the inputs' dtype decides
         z = F.conv2d(inputs[0], slices[0], padding=filters.shape[2] // 2)
         for x, w in zip(inputs[1:], slices[1:], strict=True):
@@ -189,22 +190,39 @@ def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor) -> Tensor
     return z if fold else z.mul_(gain.view(-1, 1, 1))
 
 
-def _convolve_backward(dz, maps, shapes, filters, gain, need_maps, need_filters):
-    """Two lists over the inputs: dx and its slice of dW', None where not needed."""
-    folded = _fold(filters, gain, dz.dtype).split([shape[1] for shape in shapes], 1)
-    maps = maps or [dz.new_empty(1).expand(shape) for shape in shapes]  # only their shapes count
-    padding = [filters.shape[2] // 2] * 2
-    grads = [
-        torch.ops.aten.convolution_backward(
-            dz, x, w, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [need, need_filters, False]
+def _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters):
+    """Two lists over the inputs: dx and its slice of dW', None where not needed. Overwrites dz."""
+    padding = filters.shape[2] // 2
+
+    def backward(x, w, *mask):  # with real tensors: it copies the expanded dummies of torch.nn.grad to full size
+        return torch.ops.aten.convolution_backward(
+            dz, x, w, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [*mask, False]
         )
-        for x, w, need in zip(maps, folded, need_maps, strict=True)
+
+    fold = _fold_is_smaller(filters, dz)
+    maps = maps or [dz.new_empty(1).expand(len(dz), width, *dz.shape[2:]) for width in widths]  # only the shapes count
+    slices = filters.to(dz.dtype).split(widths, 1)
+    d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
+    if not any(need_maps):
+        return [None] * len(maps), d_filters
+    if fold:
+        slices = _fold(filters, gain).to(dz.dtype).split(widths, 1)
+    else:
+        dz.mul_(gain.view(-1, 1, 1))
+    d_maps = [
+        backward(x, w, True, False)[0] if need else None
+        for x, w, need in zip(maps, slices, need_maps, strict=True)
     ]
-    return [dx for dx, _, _ in grads], [dw for _, dw, _ in grads]
+    return d_maps, d_filters
 
 
-def _fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    return (filters * gain.view(-1, 1, 1, 1)).to(dtype)
+def _fold_is_smaller(filters: Tensor, maps: Tensor) -> bool:
+    """Whether γ is cheaper on the filters than on the convolution's output, of as many positions as `maps`."""
+    return filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
+
+
+def _fold(filters: Tensor, gain: Tensor) -> Tensor:
+    return filters * gain.view(-1, 1, 1, 1)
 
 
 def _mean(z: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_sc
 
 def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """dW' becomes dW = γ·dW' in place; returns dγ = <W, dW'>. In blocks that stay in a processor's cache."""
-    rows = max(1, 2**17 // filters[0].numel())
+    rows = max(1, 2**18 // filters[0].numel())
     d_gain = []
     for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
         d_gain.append((w.to(dtype) * d).sum((1, 2, 3)))

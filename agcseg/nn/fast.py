@@ -238,11 +238,12 @@ def _activate(z: Tensor, mean: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
 def _pool(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima of the 2x2 windows and the cells 0..3 of the first one in each, as torch's `max_pool2d` breaks ties."""
     upper, lower = maps[:, :, 0::2], maps[:, :, 1::2]
-    a, b, c, d = upper[..., 0::2], upper[..., 1::2], lower[..., 0::2], lower[..., 1::2]
-    top, bottom = torch.maximum(a, b), torch.maximum(c, d)
-    low = bottom > top
-    right = torch.where(low, d > c, b > a)
-    return torch.maximum(top, bottom), low.view(torch.uint8).mul_(2).add_(right.view(torch.uint8))
+    rows = torch.maximum(upper, lower)
+    maxima = torch.maximum(rows[..., 0::2], rows[..., 1::2])
+    not_0, not_1, not_2 = (cell != maxima for cell in (upper[..., 0::2], upper[..., 1::2], lower[..., 0::2]))
+    low = not_0 & not_1
+    right = torch.where(low, not_2, not_0)
+    return maxima, low.view(torch.uint8).mul_(2).add_(right.view(torch.uint8))
 
 
 def _unpool(values: Tensor, offsets: Tensor, fill: Tensor | None = None) -> Tensor:

@@ -52,10 +52,11 @@ def flat_indices(winners: Tensor) -> Tensor:
     if winners.dtype != torch.uint8:
         return winners
     h, w = winners.shape[2:]
-    corner = torch.arange(0, 4 * h * w, 4 * w, device=winners.device).view(h, 1)
-    corner = corner + torch.arange(0, 2 * w, 2, device=winners.device)
+    corner = torch.arange(0, 4 * h * w, 4 * w, dtype=torch.int32, device=winners.device).view(h, 1)
+    corner = corner + torch.arange(0, 2 * w, 2, dtype=torch.int32, device=winners.device)
+    cell = winners.to(torch.int32)  # int64 at the end: half the traffic
     # the lower row is 2w further on, of which the cell's number counts 2
-    return torch.add(corner, winners).add_(winners >> 1, alpha=2 * w - 2)
+    return cell.add_(cell >> 1, alpha=2 * w - 2).add_(corner).long()
 
 
 def _unpool_by_shuffle(input: Tensor, offsets: Tensor) -> Tensor:

@@ -117,13 +117,13 @@ class _Unit(torch.autograd.Function):
 @once_differentiable
 def _backward(ctx, grad):
     filters, gain, mean_scale, mean, output, winners, offsets, *rest = ctx.saved_tensors
-    stem, stem_mean, inputs = rest[:4], rest[4], rest[5:]
+    stem, stem_mean, inputs = rest[:4], rest[4], tuple(rest[5:])
     needs = ctx.needs_input_grad
     need_maps = needs[10:] if stem[0] is None else [any(needs[6:])]
-    maps = list(inputs)
+    maps = inputs
     if stem[0] is not None and maps:
         rebuilt = _activate(_convolve(inputs, stem[0], stem[1]), stem_mean, stem[2], stem[3])
-        maps = [rebuilt]
+        maps = (rebuilt,)
     elif offsets is not None and maps:
         maps = [_unpool(maps[0], offsets)]
     grads, d_maps = _gradients(
@@ -145,7 +145,8 @@ def _backward(ctx, grad):
 def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_scale, needs, need_maps):
     """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
 
-    `maps` are these inputs, and may be empty where neither W nor γ needs a gradient.
+    `maps` are these inputs, a list if they may be freed on the way; it may be empty where neither W nor γ needs a
+    gradient.
     """
     g = torch.ops.aten.threshold_backward(grad, output, 0)
     s = g.sum((2, 3), dtype=mean.dtype)
@@ -191,7 +192,7 @@ def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor) -> Tensor
 
 
 def _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters):
-    """Two lists over the inputs: dx and its slice of dW', None where not needed. Overwrites dz."""
+    """Two lists over the inputs: dx and the slice of dW', None where not needed. Overwrites dz, empties a list."""
     padding = filters.shape[2] // 2
 
     def backward(x, w, *mask):  # with real tensors: it copies the expanded dummies of torch.nn.grad to full size
@@ -200,11 +201,15 @@ def _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters)
         )
 
     fold = _fold_is_smaller(filters, dz)
-    maps = maps or [dz.new_empty(1).expand(len(dz), width, *dz.shape[2:]) for width in widths]  # only the shapes count
+    maps = maps or tuple(dz.new_empty(len(dz), width, *dz.shape[2:]) for width in widths)  # only their shapes count
     slices = filters.to(dz.dtype).split(widths, 1)
     d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
     if not any(need_maps):
         return [None] * len(maps), d_filters
+    if isinstance(maps, list):  # rebuilt ones make room for dx, to which only their shapes matter
+        shells = [torch.empty_like(x) for x in maps]
+        maps.clear()
+        maps = shells
     if fold:
         slices = _fold(filters, gain).to(dz.dtype).split(widths, 1)
     else:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from agcseg.nn.pooling import flat_indices, window_offsets
@@ -107,6 +106,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        # Not once_differentiable: its message comes late and does not help, and torch.compile breaks on it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the fast AGC unit has no second derivative (create_graph=True): build with implementation='literal'"
@@ -114,10 +114,26 @@ class _Unit(torch.autograd.Function):
         return _backward(ctx, grad)
 
 
-@once_differentiable
 def _backward(ctx, grad):
     filters, gain, mean_scale, mean, output, winners, offsets, *rest = ctx.saved_tensors
-    stem, stem_mean, inputs = rest[:4], rest[4], tuple(rest[5:])
+    stem, by_sample = rest[:4], [grad, mean, output, winners, offsets, *rest[4:]]
+    # What is rebuilt exists for one sample at a time, where one is enough work (for a GPU too).
+    positions = output.shape[2:].numel() * (1 if winners is None else 4)
+    alone = (offsets is not None or stem[0] is not None) and positions >= 2**16
+    parts = len(grad) if alone else 1
+    chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=True)
+    grads = [_backward_part(ctx, filters, gain, mean_scale, stem, *chunk) for chunk in chunks]
+    if parts == 1:
+        return None, None, *grads[0]
+    grads = list(zip(*grads, strict=True))
+    parameters = [None if g[0] is None else sum(g) for g in grads[:8]]
+    return None, None, *parameters, *(None if g[0] is None else torch.cat(g) for g in grads[8:])
+
+
+def _backward_part(
+    ctx, filters, gain, mean_scale, stem, grad, mean, output, winners, offsets, stem_mean, *inputs
+) -> list[Tensor | None]:
+    """Gradients of the unit's 4 parameters, the stem's 4 and the inputs, for some samples of the minibatch."""
     needs = ctx.needs_input_grad
     need_maps = needs[10:] if stem[0] is None else [any(needs[6:])]
     maps = inputs
@@ -139,7 +155,7 @@ def _backward(ctx, grad):
         d_maps = [None] * len(needs[10:])
     elif offsets is not None and need_maps[0]:
         d_maps = [_gather(d_maps[0], offsets)]
-    return None, None, *grads, *d_stem, *d_maps
+    return [*grads, *d_stem, *d_maps]
 
 
 def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_scale, needs, need_maps):

@@ -157,6 +157,16 @@ def test_checkpoint():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("case", ["plain", "stem, pool", "unpool"])
+def test_compiles_without_graph_breaks(case):
+    fast, _, run, inputs = make(**CASES[case])
+    leaves = [*fast.parameters(), *inputs]
+    expected = gradients(fast, run, inputs, leaves)
+    found = gradients(fast, torch.compile(run, backend="aot_eager", fullgraph=True), inputs, leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_second_derivative_is_refused():
     fast, _, run, inputs = make()
     with pytest.raises(RuntimeError, match="no second derivative.*literal"):

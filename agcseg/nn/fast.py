@@ -72,8 +72,7 @@ def agc_unit(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    output, winners = _Unit.apply(pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
-    return (output, winners) if pool else output
+    return _Unit.apply(pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
 
 
 class _Unit(torch.autograd.Function):
@@ -102,10 +101,10 @@ class _Unit(torch.autograd.Function):
         # The inputs serve the gradients of W and γ, and a stem's output is rebuilt from them; else they are not kept.
         kept = inputs if needs[2] or needs[3] or (stem[0] is not None and any(needs[6:])) else ()
         ctx.save_for_backward(filters, gain, mean_scale, mean, output, winners, offsets, *stem, stem_mean, *kept)
-        return output, winners
+        return (output, winners) if pool else output
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         # Not once_differentiable: its message comes late and does not help, and torch.compile breaks on it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(

@@ -7,7 +7,7 @@ from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS
 from agcseg.errors import UserError
 from agcseg.networks import NETWORKS
-from agcseg.nn import INITS, NORMS
+from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS
 
 # ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
 
@@ -17,6 +17,7 @@ class NetworkConfig:
     name: str = "segnet"
     width: float = 1.0
     init: str = "he"
+    implementation: str = "fast"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +102,7 @@ def check(config: Config) -> None:
 
     one_of("network", config.network.name, NETWORKS)
     one_of("network.init", config.network.init, INITS)
+    one_of("network.implementation", config.network.implementation, IMPLEMENTATIONS)
     one_of("norm", config.norm.name, NORMS)
     one_of("data", data.name, LAYOUTS)
     one_of("class_weights", config.class_weights, CLASS_WEIGHTS)

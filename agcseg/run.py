@@ -39,17 +39,9 @@ log = logging.getLogger("agcseg")
 
 # What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
 FREE = {
-    "name",
-    "run",
-    "epochs",
-    "device",
-    "channels_last",
-    "compile",
-    "resume",
-    "images",
-    "data.root",
-    "data.cache_dir",
-}
+    "name", "run", "epochs", "device", "channels_last", "compile", "resume", "images", "data.root", "data.cache_dir",
+    "network.implementation", "network.options.recompute",
+}  # fmt: skip
 
 
 def run(config: Config, folder: Path) -> dict:
@@ -124,6 +116,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         num_classes=num_classes,
         width=config.network.width,
         init=config.network.init,
+        implementation=config.network.implementation,
         **config.network.options,
     ).to(device)
     if config.channels_last:

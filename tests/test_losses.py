@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -56,10 +57,38 @@ def test_nothing_labelled_is_zero_and_has_no_gradient():
     assert loss[1] == 0 and logits.grad[1].abs().max() == 0 and logits.grad.isfinite().all()
 
 
-def test_half_precision_is_raised():
+def literal(logits, labels, class_weights):
+    """The formula in torch's own operations, differentiated by autograd."""
+    valid = labels != 255
+    classes = torch.where(valid, labels, 0).long()
+    losses = -F.log_softmax(logits, 1).gather(1, classes.unsqueeze(1)).squeeze(1) * valid * class_weights[classes]
+    return losses.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
+def test_gradient_is_that_of_the_literal_formula():
     logits, labels, weights = example()
-    loss = segmentation_loss(logits.bfloat16(), labels, weights.float())
+    logits.requires_grad_()
+    back = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(loss(logits, labels, weights), logits, back)[0] for loss in (segmentation_loss, literal)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_half_precision_is_computed_in_float32():
+    logits, labels, weights = example()
+    logits = logits.bfloat16().requires_grad_()
+    loss = segmentation_loss(logits, labels, weights.float())
     assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, literal(logits.float(), labels, weights.float()))
+    assert torch.autograd.grad(loss.sum(), logits)[0].dtype == torch.bfloat16
+
+
+def test_second_derivative_is_refused():
+    logits, labels, weights = example()
+    loss = segmentation_loss(logits.requires_grad_(), labels, weights).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_deterministic_algorithms():

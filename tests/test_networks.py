@@ -108,7 +108,7 @@ def test_head_norm():
         ({"init": "xavier"}, "init='xavier' is not known; choose from he, he_centered, identity"),
         ({"width": 0}, "width=0 must be positive"),
         ({"norm": "bn", "norm_options": {"epz": 1}}, "norm 'bn' has no option epz; it takes eps, momentum"),
-        ({"depth": 3}, "network 'segnet' has no option depth; it takes in_channels, head_norm"),
+        ({"depth": 3}, "network 'segnet' has no option depth; it takes in_channels, head_norm, recompute"),
     ],
 )
 def test_the_door_names_what_there_is(arguments, message):

@@ -9,7 +9,7 @@ from torch import nn
 
 from agcseg.errors import UserError
 from agcseg.networks.segnet import SegNet
-from agcseg.nn import NORMS, initialise
+from agcseg.nn import IMPLEMENTATIONS, NORMS, initialise
 
 NETWORKS: dict[str, type[nn.Module]] = {"segnet": SegNet}
 
@@ -21,6 +21,7 @@ def build(
     num_classes: int = 19,
     width: float = 1.0,
     init: str = "he",
+    implementation: str = "fast",
     norm_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -32,6 +33,8 @@ def build(
         num_classes: number of classes K.
         width: factor on all layer widths; 1 is the paper's network.
         init: "he", "he_centered" or "identity" (see `agcseg.nn.initialise`).
+        implementation: "fast" or "literal": how AGC is computed, with the same values, parameters and state_dict (see
+            `agcseg.nn.ConvUnit`); other norms ignore it.
         norm_options: keyword arguments for the norm, such as `{"eps": 1e-3}` for "bn".
         **options: further keyword arguments of the network, such as `in_channels` or `head_norm`.
 
@@ -51,11 +54,16 @@ def build(
         name = getattr(norm, "__name__", repr(norm))
     if num_classes < 1 or width <= 0:
         raise UserError(f"num_classes={num_classes} and width={width} must be positive")
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"implementation={implementation!r} is not known; choose from {', '.join(IMPLEMENTATIONS)}")
     if norm_options:
         _check_options(f"norm {name!r}", norm, norm_options, skip={"num_features", "device", "dtype"})
         norm = partial(norm, **norm_options)
-    _check_options(f"network {network!r}", NETWORKS[network], options, skip={"num_classes", "width", "norm"})
-    module = NETWORKS[network](num_classes=num_classes, width=width, norm=norm, **options)
+    own = {"num_classes", "width", "norm", "implementation"}
+    _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)
+    module = NETWORKS[network](
+        num_classes=num_classes, width=width, norm=norm, implementation=implementation, **options
+    )
     initialise(module, init)
     return module
 

@@ -28,7 +28,7 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
     if input.dim() != 4:
         raise ValueError(f"agc takes maps of shape (N, C, H, W); got {tuple(input.shape)}")
     if input.shape[1] != weight.numel():
-        raise ValueError(f"agc was made for {weight.numel()} channels; the input has {input.shape[1]}")
+        raise ValueError(f"agc was made for {weight.numel()} channels; the input is {tuple(input.shape)}")
     mean = input.mean((2, 3), keepdim=True, dtype=_statistics_dtype(input))
     weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (weight, bias, mean_scale))
     return ((input - mean_scale * mean) * weight + bias).to(input.dtype)

@@ -1,24 +1,35 @@
 """Convolution, normalisation and ReLU as one unit: the place where a norm may be fused with its convolution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agcseg.nn.agc import AGC2d, agc_conv2d
+from agcseg.nn.agc import AGC2d
+from agcseg.nn.fast import Parameters, agc_unit
+from agcseg.nn.pooling import max_pool2d, max_unpool2d
+
+IMPLEMENTATIONS = ("fast", "literal")
 
 
 class ConvUnit(nn.Module):
-    """Convolution (stride 1, output of the input's size) -> norm -> ReLU.
+    """Convolution (stride 1, output of the input's size) -> norm -> ReLU, with an unpooling in front, a pooling behind.
 
-    With AGC the gain is folded into the filters (`agc_conv2d`); every other norm runs as it is. The convolution has a
-    bias only where there is no norm: a norm's own bias supplies it.
+    With AGC all of it is one step of autograd (`agcseg.nn.fast`) that calls neither `conv` nor `norm` but reads their
+    parameters; every other norm, and the literal form, is torch's own operations one by one. The convolution has a bias
+    only where there is no norm: a norm's own bias supplies it.
 
     Args:
         in_channels, out_channels, kernel_size: of the convolution; `kernel_size` is odd.
         norm: num_features -> module, or None for none.
         identity: the layer may start as the identity (`init="identity"`): it is not the first after a change of
             resolution.
+        implementation: "fast", or "literal" for the paper's formula. Values, gradients, parameters and state_dict are
+            the same; only the literal form has second derivatives.
+
+    Raises:
+        ValueError: `implementation` is neither.
     """
 
     def __init__(
@@ -28,16 +39,49 @@ class ConvUnit(nn.Module):
         kernel_size: int = 3,
         norm: Callable[[int], nn.Module] | None = AGC2d,
         identity: bool = False,
+        implementation: str = "fast",
     ) -> None:
         super().__init__()
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm is None)
         self.norm = norm(out_channels) if norm else nn.Identity()
         self.identity = identity
+        self.implementation = implementation
 
-    def forward(self, input: Tensor) -> Tensor:
-        conv, norm = self.conv, self.norm
-        if isinstance(norm, AGC2d):
-            output = agc_conv2d(input, conv.weight, norm.weight, norm.bias, norm.mean_scale, conv.stride, conv.padding)
-        else:
-            output = norm(conv(input))
-        return F.relu(output, inplace=True)
+    @property
+    def is_fast(self) -> bool:
+        return self.implementation == "fast" and type(self.norm) is AGC2d  # a subclass may mean something else
+
+    @property
+    def agc_parameters(self) -> Parameters:
+        """Filters, γ, β and λ, as `agc_unit` takes them."""
+        return self.conv.weight, self.norm.weight, self.norm.bias, self.norm.mean_scale
+
+    def forward(
+        self,
+        input: Tensor | Sequence[Tensor],
+        unpool: Tensor | None = None,
+        pool: bool = False,
+        stem: "ConvUnit | None" = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Args:
+            input: maps (N, C, H, W), or several that are concatenated over the channels.
+            unpool: winners of an earlier pooling, to unpool `input` with first.
+            pool: 2x2 max pooling behind the ReLU.
+            stem: a unit to run in front; the fast form rebuilds its output in backward instead of keeping it.
+
+        Returns:
+            (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`.
+        """
+        if self.is_fast and (stem is None or stem.is_fast):
+            stem_parameters = stem.agc_parameters if stem else None
+            return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=stem_parameters)
+        maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
+        if unpool is not None:
+            maps = max_unpool2d(maps, unpool)
+        if stem is not None:
+            maps = stem(maps)
+        maps = F.relu(self.norm(self.conv(maps)), inplace=True)
+        return max_pool2d(maps) if pool else maps

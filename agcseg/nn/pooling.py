@@ -1,4 +1,9 @@
-"""2x2 max pooling that remembers which cell won, and its inverse."""
+"""2x2 max pooling that remembers which cell won, and its inverse.
+
+Two notations for the winner of a window, and either is understood where one is taken: torch's flat position in the map
+(int64), which torch's own pooling returns, and the cell 0..3 in its window (uint8, 0 and 1 the upper row, 2 and 3 the
+lower), eight times smaller, which the fast AGC unit returns.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +11,7 @@ from torch.nn import functional as F
 
 
 def max_pool2d(input: Tensor) -> tuple[Tensor, Tensor]:
-    """2x2 max pooling, stride 2.
+    """2x2 max pooling, stride 2: torch's own.
 
     Args:
         input: (N, C, H, W) with H and W even.
@@ -17,7 +22,7 @@ def max_pool2d(input: Tensor) -> tuple[Tensor, Tensor]:
     return F.max_pool2d(input, 2, return_indices=True)
 
 
-def max_unpool2d(input: Tensor, indices: Tensor) -> Tensor:
+def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
     """Put every value back where its maximum stood, zeros elsewhere (SegNet, Badrinarayanan et al. 2015).
 
     torch's own `max_unpool2d` refuses to run under `torch.use_deterministic_algorithms(True)`, although 2x2 windows do
@@ -25,20 +30,37 @@ def max_unpool2d(input: Tensor, indices: Tensor) -> Tensor:
 
     Args:
         input: (N, C, h, w).
-        indices: from `max_pool2d` of a (2h, 2w) map.
+        winners: of the pooling of a (2h, 2w) map, in either notation.
 
     Returns:
         (N, C, 2h, 2w).
     """
-    if not torch.are_deterministic_algorithms_enabled():
-        return F.max_unpool2d(input, indices, 2)
-    return _unpool_by_shuffle(input, indices)
+    if torch.are_deterministic_algorithms_enabled():
+        return _unpool_by_shuffle(input, window_offsets(winners, 2 * input.shape[3]))
+    return F.max_unpool2d(input, flat_indices(winners), 2)
 
 
-def _unpool_by_shuffle(input: Tensor, indices: Tensor) -> Tensor:
+def window_offsets(winners: Tensor, width: int) -> Tensor:
+    """Cells 0..3 (uint8) of winners in either notation; `width` is that of the map in front of the pooling."""
+    if winners.dtype == torch.uint8:
+        return winners
+    return ((winners // width % 2) * 2 + winners % 2).to(torch.uint8)
+
+
+def flat_indices(winners: Tensor) -> Tensor:
+    """Flat positions (int64) of winners in either notation, (N, C, h, w), in the (2h, 2w) map."""
+    if winners.dtype != torch.uint8:
+        return winners
+    h, w = winners.shape[2:]
+    corner = torch.arange(0, 4 * h * w, 4 * w, dtype=torch.int32, device=winners.device).view(h, 1)
+    corner = corner + torch.arange(0, 2 * w, 2, dtype=torch.int32, device=winners.device)
+    cell = winners.to(torch.int32)  # int64 at the end: half the traffic
+    # the lower row is 2w further on, of which the cell's number counts 2
+    return cell.add_(cell >> 1, alpha=2 * w - 2).add_(corner).long()
+
+
+def _unpool_by_shuffle(input: Tensor, offsets: Tensor) -> Tensor:
     n, c, h, w = input.shape
-    row, column = indices // (2 * w), indices % (2 * w)
-    cell = (row % 2) * 2 + column % 2  # which of the window's four cells won
-    cells = torch.arange(4, device=input.device).view(1, 1, 4, 1, 1)
-    spread = torch.where(cell.unsqueeze(2) == cells, input.unsqueeze(2), 0)
+    cells = torch.arange(4, dtype=torch.uint8, device=input.device).view(1, 1, 4, 1, 1)
+    spread = torch.where(offsets.unsqueeze(2) == cells, input.unsqueeze(2), 0)
     return F.pixel_shuffle(spread.reshape(n, 4 * c, h, w), 2)

@@ -1,0 +1,356 @@
+"""The fast AGC unit against the paper's formula: values and all gradients in float64."""
+
+import copy
+import itertools
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from agcseg import build
+from agcseg.losses import segmentation_loss
+from agcseg.nn import NORMS, ConvUnit, agc_unit, max_pool2d, max_unpool2d
+from agcseg.nn.pooling import flat_indices, window_offsets
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Maps this small cost more in waiting for threads than in arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CASES = {
+    "plain": {},
+    "1x1": {"kernel_size": 1},
+    "minibatch 1": {"n": 1},
+    "odd size": {"size": (5, 7)},
+    "zero gain": {"gain": 0.0},
+    "negative gain": {"gain": -0.7},
+    **{f"lambda {value}": {"mean_scale": value} for value in (-0.3, 0.0, 0.5, 1.0, 2.0)},
+    "pool": {"pool": True},
+    "unpool": {"unpool": True},
+    "unpool and pool": {"unpool": True, "pool": True, "n": 1},
+    "concatenation": {"widths": (2, 1, 3)},
+    "concatenation, pool": {"widths": (2, 3), "pool": True},
+    "unpool, large": {"unpool": True, "size": (256, 256), "widths": (1,), "n": 2},
+    "stem": {"stem": True},
+    "stem, large": {"stem": True, "size": (256, 256), "widths": (1,), "n": 2},
+    "stem, pool": {"stem": True, "pool": True},
+    "stem, concatenation": {"stem": True, "widths": (2, 3)},
+    "channels_last": {"memory_format": torch.channels_last},
+    "channels_last, unpool and pool": {"memory_format": torch.channels_last, "unpool": True, "pool": True},
+}
+
+
+def make(
+    n=3, size=(6, 8), widths=(3,), kernel_size=3, gain=None, mean_scale=None, pool=False, unpool=False, stem=False,
+    memory_format=torch.contiguous_format,
+):  # fmt: skip
+    """A pair of equal units (fast, literal), a function from a unit and inputs to outputs, and the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    channels = sum(widths)
+    fast = nn.ModuleList([ConvUnit(4 if stem else channels, 5, kernel_size)])
+    if stem:
+        fast.append(ConvUnit(channels, 4, kernel_size))
+    fast = fast.double()
+    for parameter in fast.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    if gain is not None:
+        fast[0].norm.weight.data[:3] = gain
+    if mean_scale is not None:
+        fast[0].norm.mean_scale.data.fill_(mean_scale)
+    literal = copy.deepcopy(fast)
+    for unit in literal:
+        unit.implementation = "literal"
+    size = [side // 2 for side in size] if unpool else size
+    inputs = [torch.randn(n, width, *size, generator=generator, dtype=torch.float64) for width in widths]
+    inputs = [x.to(memory_format=memory_format).requires_grad_() for x in inputs]
+    winners = torch.randint(4, (n, channels, *size), generator=generator).to(torch.uint8) if unpool else None
+
+    def run(units, inputs):
+        input = inputs[0] if len(inputs) == 1 else inputs
+        output = units[0](input, unpool=winners, pool=pool, stem=units[1] if stem else None)
+        return output[0] if pool else output
+
+    return fast, literal, run, inputs
+
+
+def gradients(units, run, inputs, leaves):
+    output = run(units, inputs)
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape).sin()
+    return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_formula(case):
+    fast, literal, run, inputs = make(**CASES[case])
+    ours = gradients(fast, run, inputs, [*fast.parameters(), *inputs])
+    theirs = gradients(literal, run, inputs, [*literal.parameters(), *inputs])
+    assert len(ours) == len(theirs) > 4
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["zero gain", "unpool and pool", "stem, concatenation"])
+def test_gradcheck(case):
+    fast, _, run, inputs = make(**{"n": 2, **CASES[case], "size": (4, 4)})
+    parameters = dict(fast.named_parameters())
+
+    def function(*tensors):
+        replaced = dict(zip(parameters, tensors[len(inputs) :], strict=True))
+        return torch.func.functional_call(Runner(fast, run), replaced, (tensors[: len(inputs)],))
+
+    parameters = {f"units.{name}": parameter for name, parameter in parameters.items()}
+    assert torch.autograd.gradcheck(function, (*inputs, *parameters.values()))
+
+
+class Runner(nn.Module):
+    def __init__(self, units, run):
+        super().__init__()
+        self.units, self.run = units, run
+
+    def forward(self, inputs):
+        return self.run(self.units, inputs)
+
+
+@pytest.mark.parametrize("case", ["plain", "stem, pool", "unpool"])
+def test_frozen_parameters(case):
+    fast, _, run, inputs = make(**{**CASES[case], "n": 1})
+    leaves = [*fast.parameters(), *inputs]
+    _, *expected = gradients(fast, run, inputs, leaves)
+    subsets = list(itertools.product([False, True], repeat=len(leaves)))[1:]
+    if len(leaves) > 5:  # with a stem: up to two trained, or up to two frozen
+        subsets = [subset for subset in subsets if sum(subset) <= 2 or sum(subset) >= len(leaves) - 2]
+    for trained in subsets:
+        for leaf, train in zip(leaves, trained, strict=True):
+            leaf.requires_grad_(train)
+        chosen = list(itertools.compress(leaves, trained))
+        _, *found = gradients(fast, run, inputs, chosen)
+        for a, b in zip(found, itertools.compress(expected, trained), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_without_gradients():
+    fast, literal, run, inputs = make(pool=True)
+    expected = run(literal, inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            output = run(fast, inputs)
+        assert not output.requires_grad
+        torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
+
+
+def test_checkpoint():
+    fast, _, run, inputs = make(unpool=True, pool=True)
+    leaves = [*fast.parameters(), *inputs]
+    expected = gradients(fast, run, inputs, leaves)
+    found = gradients(fast, lambda units, x: checkpoint(run, units, x, use_reentrant=False), inputs, leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", ["plain", "stem, pool", "unpool"])
+def test_compiles_without_graph_breaks(case):
+    fast, _, run, inputs = make(**CASES[case])
+    leaves = [*fast.parameters(), *inputs]
+    expected = gradients(fast, run, inputs, leaves)
+    found = gradients(fast, torch.compile(run, backend="aot_eager", fullgraph=True), inputs, leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_second_derivative_is_refused():
+    fast, _, run, inputs = make()
+    with pytest.raises(RuntimeError, match="no second derivative.*literal"):
+        torch.autograd.grad(run(fast, inputs).sum(), inputs, create_graph=True)
+
+
+def test_changing_the_output_in_place_is_noticed():
+    fast, _, run, inputs = make()
+    output = run(fast, inputs)
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        output.sum().backward()
+
+
+def test_wrong_shapes_are_refused():
+    unit = ConvUnit(3, 4)
+    with pytest.raises(ValueError, match="do not fit"):
+        unit(torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="even"):
+        unit(torch.zeros(1, 3, 5, 4), pool=True)
+    with pytest.raises(ValueError, match="implementation"):
+        ConvUnit(3, 4, implementation="quick")
+
+
+# --- pooling ---
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pooling_breaks_ties_as_torch_does(memory_format):
+    cells = torch.tensor(list(itertools.product([0.0, 1.0, 2.0], repeat=4))).view(1, 81, 2, 2)
+    cells = cells.repeat(2, 1, 3, 2).to(memory_format=memory_format)
+    identity = torch.zeros(81, 81, 1, 1)
+    nn.init.dirac_(identity)
+    pooled, offsets = agc_unit(cells, identity, torch.ones(81), torch.zeros(81), torch.zeros(81), pool=True)
+    expected, indices = max_pool2d(cells)
+    assert torch.equal(pooled, expected)
+    assert torch.equal(offsets, window_offsets(indices, 4))
+    assert torch.equal(flat_indices(offsets), indices)
+
+
+def test_unpooling_takes_both_notations():
+    values, indices = max_pool2d(torch.randn(2, 3, 6, 8))
+    values.requires_grad_()
+    offsets = window_offsets(indices, 8)
+    expected = F.max_unpool2d(values, indices, 2)
+    weights = torch.randn(expected.shape)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), values)
+    unit = ConvUnit(3, 4)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            for winners in (indices, offsets):
+                maps = max_unpool2d(values, winners)
+                assert torch.equal(maps, expected)
+                assert torch.equal(torch.autograd.grad((maps * weights).sum(), values)[0], gradient)
+                assert torch.equal(unit(values, unpool=winners), unit(expected))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+# --- precision ---
+
+
+def test_bfloat16_autocast():
+    units, _, run, inputs = make(n=2, size=(32, 32), unpool=True, widths=(16,))
+    units, inputs = units.float(), [inputs[0].detach().float().requires_grad_()]
+    leaves = [*units.parameters(), *inputs]
+    expected = gradients(units, run, inputs, leaves)
+
+    def autocast(units, inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = run(units, inputs)
+        assert output.dtype == torch.bfloat16
+        return output
+
+    errors = {}
+    for units[0].implementation in ("literal", "fast"):
+        found = gradients(units, autocast, inputs, leaves)
+        assert [a.dtype for a in found[1:]] == [leaf.dtype for leaf in leaves]
+        errors[units[0].implementation] = [
+            ((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)
+        ]
+    for fast, literal in zip(errors["fast"], errors["literal"], strict=True):
+        assert fast < 0.1
+        assert fast < 1.5 * literal + 0.002
+
+
+def test_half_precision_is_reduced_in_float32():
+    # 4096 positions of 1 + 1/128: a bfloat16 sum would stop growing long before the end
+    maps = torch.full((1, 1, 64, 64), 1 + 1 / 128, dtype=torch.bfloat16)
+    one, bias, mean_scale = torch.ones(1), torch.zeros(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    bias.data += 0.5
+    output = agc_unit(maps, torch.ones(1, 1, 1, 1), one, bias, mean_scale)
+    assert torch.equal(output, torch.full_like(maps, 0.5))  # x - mean(x) + β, with the exact mean
+    output.backward(torch.ones_like(output))
+    assert bias.grad.item() == 4096
+    assert mean_scale.grad.item() == -4096 * (1 + 1 / 128)
+
+
+# --- networks ---
+
+
+def images_and_labels(n=2):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 6, (n, 64, 96), generator=generator).to(torch.uint8)
+    labels[labels == 5] = 255
+    return torch.randn(n, 3, 64, 96, generator=generator), labels
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_segnet_fast_equals_literal(recompute):
+    torch.manual_seed(0)
+    fast = build("segnet", num_classes=5, width=0.1, recompute=recompute).double()
+    literal = build("segnet", num_classes=5, width=0.1, implementation="literal").double()
+    with torch.no_grad():
+        for name, parameter in fast.named_parameters():
+            if "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    literal.load_state_dict(fast.state_dict())
+    images, labels = images_and_labels()
+    outputs = []
+    for network in (fast, literal):
+        logits = network(images.double())
+        F.cross_entropy(logits, labels.long(), ignore_index=255).backward()
+        outputs.append(logits)
+    torch.testing.assert_close(*outputs, atol=1e-10, rtol=0)
+    for a, b in zip(fast.parameters(), literal.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=0)
+    fast.load_state_dict(literal.state_dict())
+
+
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "agc"])
+def test_other_norms_ignore_the_implementation(norm):
+    images, _ = images_and_labels()
+    outputs = []
+    for implementation in ("fast", "literal"):
+        torch.manual_seed(0)
+        outputs.append(build("segnet", norm=norm, width=0.1, implementation=implementation)(images))
+    assert torch.equal(*outputs)
+
+
+def bytes_kept(network, loss):
+    """Bytes of the unique storages that autograd keeps, parameters excluded."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss(network)
+    assert result.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def test_bytes_kept_for_backward():
+    images, labels = images_and_labels(n=1)
+
+    def loss(network):
+        return segmentation_loss(network(images), labels).mean()
+
+    kept = {
+        norm: bytes_kept(build("segnet", num_classes=5, width=0.25, norm=norm), loss) for norm in ("agc", "bn", "none")
+    }
+    assert kept["agc"] < 0.3 * kept["bn"]
+    assert kept["agc"] < 0.55 * kept["none"]
+
+
+def _replica(rank, path):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    network = build("segnet", num_classes=5, width=0.05).double()
+    images, labels = images_and_labels()
+    replica = nn.parallel.DistributedDataParallel(copy.deepcopy(network))
+    segmentation_loss(replica(images[rank : rank + 1].double()), labels[rank : rank + 1]).mean().backward()
+    segmentation_loss(network(images.double()), labels).mean().backward()
+    for a, b in zip(replica.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=0)
+    dist.destroy_process_group()
+
+
+def test_two_replicas_equal_one_minibatch(tmp_path):
+    mp.spawn(_replica, (str(tmp_path),), nprocs=2)

@@ -4,8 +4,8 @@
     python scripts/bench_step.py kept agc bn none            # bytes kept for backward
     python scripts/bench_step.py peak agc --batch 4          # peak memory above the idle network; one variant a call
 
-A variant is a norm, perhaps with "-literal", "-kept" (no recompute) or "-fastloss" behind it; "agc" alone has the fast loss,
-all others the plain one.
+A variant is a norm, perhaps with "-literal", "-kept" (no recompute) or "-fastloss" behind it. "agc" alone has the fast
+loss, all others the plain one.
 """
 
 import argparse

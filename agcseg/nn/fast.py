@@ -105,7 +105,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        # Not once_differentiable: its message comes late and does not help, and torch.compile breaks on it.
+        # Not once_differentiable: its message comes later and names no remedy.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the fast AGC unit has no second derivative (create_graph=True): build with implementation='literal'"

@@ -7,7 +7,6 @@ Every sample is treated on its own: no minibatch statistic, no running average, 
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
@@ -32,34 +31,6 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
     mean = input.mean((2, 3), keepdim=True, dtype=_statistics_dtype(input))
     weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (weight, bias, mean_scale))
     return ((input - mean_scale * mean) * weight + bias).to(input.dtype)
-
-
-def agc_conv2d(
-    input: Tensor,
-    filters: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean_scale: Tensor,
-    stride: int = 1,
-    padding: int = 0,
-) -> Tensor:
-    """Convolution followed by automatic gain control, with γ folded into the filters.
-
-    Convolution is linear, so (z - λ·mean(z))·γ + β = z' - λ·mean(z') + β with z' = I * (γW): one pass over the
-    maps less than `agc(conv2d(input, filters), ...)` and the same values.
-
-    Args:
-        input: (N, C, H, W).
-        filters: W, (K, C, k, k).
-        weight, bias, mean_scale: γ, β, λ, each (K,).
-        stride, padding: of the convolution.
-
-    Returns:
-        (N, K, H', W').
-    """
-    z = F.conv2d(input, filters * weight.view(-1, 1, 1, 1), stride=stride, padding=padding)
-    mean = z.mean((2, 3), keepdim=True, dtype=_statistics_dtype(z))
-    return (z + (bias.view(1, -1, 1, 1) - mean_scale.view(1, -1, 1, 1) * mean)).to(z.dtype)
 
 
 def _statistics_dtype(maps: Tensor) -> torch.dtype:

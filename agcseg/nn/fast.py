@@ -13,17 +13,33 @@ ReLU is off, and keeps one more full map per convolution.
 2x2 max pooling behind the unit keeps the pooled values and one byte per window instead of the full map; index
 unpooling in front of it is a function of the pooled-size map and those bytes, so backward rebuilds the unpooled map; a
 cheap unit in front (`stem`) is rebuilt in the same way.
+
+Where the convolution is not at hand, `agc_relu` does the same for AGC and ReLU alone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agcseg.nn.agc import AGC2d, agc
 from agcseg.nn.pooling import flat_indices, window_offsets
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, as torch.nn.Conv2d has it."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | None = None  # None: half the filters' size, so that stride 1 keeps the map's
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+PLAIN = Geometry()
 
 
 def agc_unit(
@@ -36,8 +52,9 @@ def agc_unit(
     unpool: Tensor | None = None,
     pool: bool = False,
     stem: Parameters | None = None,
+    geometry: Geometry = PLAIN,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """relu(agc(conv2d(input, filters))) with stride 1 and zero padding to the input's size.
+    """relu(agc(conv2d(input, filters))), by default with stride 1 and zero padding to the input's size.
 
     The convolution's inputs and outputs have the dtype of `input` (under autocast: autocast's), means and the sums over
     maps are taken in at least float32. There is no second derivative.
@@ -45,23 +62,29 @@ def agc_unit(
     Args:
         input: maps (N, C, H, W), or several that are taken as concatenated over the channels without building the
             concatenation.
-        filters: W, (K, C, k, k) with k odd.
+        filters: W, (K, C, k, k), k odd unless `geometry` gives the padding; (K, C / groups, k, k) with groups.
         weight, bias, mean_scale: γ, β, λ, each (K,).
         unpool: winners (see Returns) of shape (N, C, H, W): `input` is unpooled to (N, C, 2H, 2W) in front of the
             convolution. Also takes the indices of torch's `max_pool2d`.
         pool: 2x2 max pooling, stride 2, behind the ReLU; height and width must be even.
         stem: filters, γ, β and λ of one more unit in front, whose output is not kept but rebuilt in backward. Worth it
             where that unit is cheap and its output large: the first of a network.
+        geometry: of the convolution; other than the default only for one plain input, without pooling and stem.
 
     Returns:
         (N, K, H, W); with `pool` the maxima (N, K, H/2, W/2) and the winners, uint8 of the same shape: which cell of
         its window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower.
     """
     inputs = (input,) if isinstance(input, Tensor) else tuple(input)
-    if sum(x.shape[1] for x in inputs) != (stem[0] if stem else filters).shape[1]:
+    plain = len(inputs) == 1 and unpool is None and stem is None and not pool
+    if geometry != PLAIN and not plain:
+        raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
+    if sum(x.shape[1] for x in inputs) != (stem[0] if stem else filters).shape[1] * geometry.groups:
         raise ValueError(f"filters of shape {tuple(filters.shape)} do not fit maps {[tuple(x.shape) for x in inputs]}")
-    if any(f.shape[2] != f.shape[3] or f.shape[2] % 2 == 0 for f in (filters, *(stem or ())[:1])):
-        raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
+    if geometry.padding is None:
+        if any(f.shape[2] != f.shape[3] or f.shape[2] % 2 == 0 for f in (filters, *(stem or ())[:1])):
+            raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
+        geometry = geometry._replace(padding=(filters.shape[2] // 2,) * 2)
     if unpool is not None and (len(inputs) > 1 or stem):
         raise ValueError("unpooling takes one input, and no stem behind it")
     if pool and (inputs[0].shape[2] % 2 or inputs[0].shape[3] % 2) and unpool is None:
@@ -72,24 +95,24 @@ def agc_unit(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    return _Unit.apply(pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
+    return _Unit.apply(geometry, pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
 
 
 class _Unit(torch.autograd.Function):
-    """Arguments: pool, offsets for unpooling, the unit's 4 parameters, the stem's 4 (or None), the inputs."""
+    """Arguments: geometry, pool, offsets for unpooling, the unit's 4 parameters, the stem's 4 or None, the inputs."""
 
     @staticmethod
-    def forward(ctx, pool, offsets, filters, gain, bias, mean_scale, *stem_and_inputs):
+    def forward(ctx, geometry, pool, offsets, filters, gain, bias, mean_scale, *stem_and_inputs):
         stem, inputs = stem_and_inputs[:4], stem_and_inputs[4:]
         maps, stem_mean, winners = inputs, None, None
         if stem[0] is not None:
-            z = _convolve(maps, stem[0], stem[1])
+            z = _convolve(maps, stem[0], stem[1], _same(stem[0]))
             stem_mean = _mean(z)
             maps = (_activate(z, stem_mean, stem[2], stem[3]),)
         elif offsets is not None:
             maps = (_unpool(maps[0], offsets),)
-        z = _convolve(maps, filters, gain)
-        ctx.widths = [x.shape[1] for x in maps]
+        z = _convolve(maps, filters, gain, geometry)
+        ctx.geometry, ctx.shapes = geometry, [x.shape[1:] for x in maps]
         del maps
         mean = _mean(z)
         output = _activate(z, mean, bias, mean_scale)
@@ -99,7 +122,7 @@ class _Unit(torch.autograd.Function):
             ctx.mark_non_differentiable(winners)
         needs = ctx.needs_input_grad
         # The inputs serve the gradients of W and γ, and a stem's output is rebuilt from them; else they are not kept.
-        kept = inputs if needs[2] or needs[3] or (stem[0] is not None and any(needs[6:])) else ()
+        kept = inputs if needs[3] or needs[4] or (stem[0] is not None and any(needs[7:])) else ()
         ctx.save_for_backward(filters, gain, mean_scale, mean, output, winners, offsets, *stem, stem_mean, *kept)
         return (output, winners) if pool else output
 
@@ -123,45 +146,45 @@ def _backward(ctx, grad):
     chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=True)
     grads = [_backward_part(ctx, filters, gain, mean_scale, stem, *chunk) for chunk in chunks]
     if parts == 1:
-        return None, None, *grads[0]
+        return None, None, None, *grads[0]
     grads = list(zip(*grads, strict=True))
     parameters = [None if g[0] is None else sum(g) for g in grads[:8]]
-    return None, None, *parameters, *(None if g[0] is None else torch.cat(g) for g in grads[8:])
+    return None, None, None, *parameters, *(None if g[0] is None else torch.cat(g) for g in grads[8:])
 
 
 def _backward_part(
     ctx, filters, gain, mean_scale, stem, grad, mean, output, winners, offsets, stem_mean, *inputs
 ) -> list[Tensor | None]:
     """Gradients of the unit's 4 parameters, the stem's 4 and the inputs, for some samples of the minibatch."""
-    needs = ctx.needs_input_grad
-    need_maps = needs[10:] if stem[0] is None else [any(needs[6:])]
+    needs = ctx.needs_input_grad[3:]  # the unit's 4 parameters, the stem's 4, the inputs
+    need_maps = needs[8:] if stem[0] is None else [any(needs[4:])]
     maps = inputs
     if stem[0] is not None and maps:
-        rebuilt = _activate(_convolve(inputs, stem[0], stem[1]), stem_mean, stem[2], stem[3])
+        rebuilt = _activate(_convolve(inputs, stem[0], stem[1], _same(stem[0])), stem_mean, stem[2], stem[3])
         maps = (rebuilt,)
     elif offsets is not None and maps:
         maps = [_unpool(maps[0], offsets)]
     grads, d_maps = _gradients(
-        grad, output, winners, mean, maps, ctx.widths, filters, gain, mean_scale, needs[2:6], need_maps
+        grad, output, winners, mean, maps, ctx.shapes, ctx.geometry, filters, gain, mean_scale, needs[:4], need_maps
     )
     d_stem = [None] * 4
     if stem[0] is not None and need_maps[0]:
-        widths = [x.shape[1] for x in inputs]
+        shapes, geometry = [x.shape[1:] for x in inputs], _same(stem[0])
         d_stem, d_maps = _gradients(
-            d_maps[0], rebuilt, None, stem_mean, inputs, widths, *stem[:2], stem[3], needs[6:10], needs[10:]
+            d_maps[0], rebuilt, None, stem_mean, inputs, shapes, geometry, *stem[:2], stem[3], needs[4:8], needs[8:]
         )
     elif stem[0] is not None:
-        d_maps = [None] * len(needs[10:])
+        d_maps = [None] * len(needs[8:])
     elif offsets is not None and need_maps[0]:
         d_maps = [_gather(d_maps[0], offsets)]
     return [*grads, *d_stem, *d_maps]
 
 
-def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_scale, needs, need_maps):
+def _gradients(grad, output, winners, mean, maps, shapes, geometry, filters, gain, mean_scale, needs, need_maps):
     """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
 
-    `maps` are these inputs, a list if they may be freed on the way; it may be empty where neither W nor γ needs a
-    gradient.
+    `maps` are these inputs, of (C, H, W) `shapes`; a list if they may be freed on the way, empty where neither W nor γ
+    needs a gradient.
     """
     g = torch.ops.aten.threshold_backward(grad, output, 0)
     s = g.sum((2, 3), dtype=mean.dtype)
@@ -177,7 +200,7 @@ def _gradients(grad, output, winners, mean, maps, widths, filters, gain, mean_sc
             dz = _unpool(dz, winners, fill=level)
         del g
         need_filters = needs[0] or needs[1]
-        d_maps, slices = _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters)
+        d_maps, slices = _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters)
         if need_filters:
             d_filters = (torch.cat(slices, 1) if len(slices) > 1 else slices[0]).to(filters.dtype)
             d_gain = _scale(d_filters, filters, gain, mean.dtype)
@@ -194,30 +217,39 @@ def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype)
     return torch.cat(d_gain).to(gain.dtype)
 
 
-def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor) -> Tensor:
+def _same(filters: Tensor) -> Geometry:
+    return Geometry(padding=(filters.shape[2] // 2,) * 2)
+
+
+def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+    """The filters of each input, from those of the concatenation."""
+    return list(filters.to(dtype).split([shape[0] // geometry.groups for shape in shapes], 1))
+
+
+def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
-    dtype, widths = inputs[0].dtype, [x.shape[1] for x in inputs]
     fold = _fold_is_smaller(filters, inputs[0])
-    slices = (_fold(filters, gain) if fold else filters).to(dtype).split(widths, 1)
+    folded = _fold(filters, gain) if fold else filters
+    slices = _slices(folded, [x.shape[1:] for x in inputs], geometry, inputs[0].dtype)
     with torch.autocast(inputs[0].device.type, enabled=False):  # the inputs' dtype decides
-        z = F.conv2d(inputs[0], slices[0], padding=filters.shape[2] // 2)
+        z = F.conv2d(inputs[0], slices[0], None, *geometry)
         for x, w in zip(inputs[1:], slices[1:], strict=True):
-            z += F.conv2d(x, w, padding=filters.shape[2] // 2)
+            z += F.conv2d(x, w, None, *geometry)
     return z if fold else z.mul_(gain.view(-1, 1, 1))
 
 
-def _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters):
+def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters):
     """Two lists over the inputs: dx and the slice of dW', None where not needed. Overwrites dz, empties a list."""
-    padding = filters.shape[2] // 2
+    stride, padding, dilation, groups = geometry
 
     def backward(x, w, *mask):  # with real tensors: it copies the expanded dummies of torch.nn.grad to full size
         return torch.ops.aten.convolution_backward(
-            dz, x, w, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [*mask, False]
+            dz, x, w, None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
         )
 
     fold = _fold_is_smaller(filters, dz)
-    maps = maps or tuple(dz.new_empty(len(dz), width, *dz.shape[2:]) for width in widths)  # only their shapes count
-    slices = filters.to(dz.dtype).split(widths, 1)
+    maps = maps or tuple(dz.new_empty(len(dz), *shape) for shape in shapes)  # only their shapes count
+    slices = _slices(filters, shapes, geometry, dz.dtype)
     d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
     if not any(need_maps):
         return [None] * len(maps), d_filters
@@ -226,7 +258,7 @@ def _convolve_backward(dz, maps, widths, filters, gain, need_maps, need_filters)
         maps.clear()
         maps = shells
     if fold:
-        slices = _fold(filters, gain).to(dz.dtype).split(widths, 1)
+        slices = _slices(_fold(filters, gain), shapes, geometry, dz.dtype)
     else:
         dz.mul_(gain.view(-1, 1, 1))
     d_maps = [
@@ -284,3 +316,60 @@ def _unpool(values: Tensor, offsets: Tensor, fill: Tensor | None = None) -> Tens
 def _gather(maps: Tensor, offsets: Tensor) -> Tensor:
     """(N, C, 2H, 2W) -> (N, C, H, W): the cells that `offsets` names."""
     return maps.flatten(2).gather(2, flat_indices(offsets).flatten(2)).view(offsets.shape)
+
+
+class AGCReLU2d(AGC2d):
+    """AGC2d followed by ReLU, for networks whose convolutions stay as they are: `agc_relu` with its parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return agc_relu(input, self.weight, self.bias, self.mean_scale)
+
+
+def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
+    """relu(agc(input)), keeping only its output, which the next layer keeps anyway, and the mean of each map.
+
+    With y the output, g = dy·[y > 0], s a map's sum of g and M its positions: dβ = Σ_n s, dγ = (Σ g·y - β·dβ)/γ,
+    dλ = -γ·Σ_n mean(z)·s, dz = γ·(g - λ·s/M). Where some |γ| is too small to divide by (below 1e-6, or 1e-3 of |β|),
+    the input is kept too and dγ = Σ g·(z - λ·mean(z)). To know it waits for the device once.
+
+    Args:
+        input: raw filter outputs z, (N, C, H, W).
+        weight, bias, mean_scale: γ, β, λ, each (C,).
+
+    Returns:
+        (N, C, H, W) in the dtype of `input`. There is no second derivative.
+    """
+    if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
+        return F.relu(agc(input, weight, bias, mean_scale))
+    return _AGCReLU.apply(input, weight, bias, mean_scale)
+
+
+class _AGCReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, gain, bias, mean_scale):
+        mean = _mean(input)
+        output = input * gain.view(-1, 1, 1)
+        output = output.add_((bias - mean_scale * gain * mean)[:, :, None, None]).relu_().to(input.dtype)
+        small = ctx.needs_input_grad[1] and bool((gain.abs() < torch.clamp(1e-3 * bias.abs(), min=1e-6)).any())
+        ctx.save_for_backward(output, mean, gain, bias, mean_scale, input if small else None)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("agc_relu has no second derivative (create_graph=True): use relu(agc(...))")
+        output, mean, gain, bias, mean_scale, input = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        g = torch.ops.aten.threshold_backward(grad, output, 0)
+        s = g.sum((2, 3), dtype=mean.dtype)
+        d_input = d_gain = None
+        if needs[1] and input is None:
+            d_gain = ((g * output).sum((0, 2, 3), dtype=mean.dtype) - bias * s.sum(0)) / gain
+        elif needs[1]:
+            d_gain = (g * input).sum((0, 2, 3), dtype=mean.dtype) - (mean_scale * mean * s).sum(0)
+        d_bias = s.sum(0) if needs[2] else None
+        d_mean_scale = -gain * (mean * s).sum(0) if needs[3] else None
+        if needs[0]:
+            level = (mean_scale * s / g.shape[2:].numel())[:, :, None, None]
+            d_input = g.sub_(level).mul_(gain.view(-1, 1, 1))
+        return d_input, *(None if d is None else d.to(gain.dtype) for d in (d_gain, d_bias, d_mean_scale))

@@ -37,7 +37,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
     AGC2d in it.
 
     AGC does not divide by a standard deviation: a network trained with batch normalisation has to be trained on. On a
-    map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β: give such layers a smaller `mean_scale`.
+    map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β: give such layers a smaller λ.
 
     Args:
         model: any network. Its layers are replaced.

@@ -192,7 +192,8 @@ def _bars(rows: list[dict], where: str) -> Figure:
         if any(row.get(key) is not None for row in rows)
     ]  # fmt: skip
     figure = Figure(figsize=(4 + 3.4 * len(panels), 1.2 + 0.34 * len(rows)), layout="constrained")
-    names = [f"{row['network']} {row['variant']}, {row['minibatch']}, {row['precision']}" for row in rows]
+    said = [key for key in ("network", "variant", "minibatch", "precision") if len({row[key] for row in rows}) > 1]
+    names = [", ".join(f"{'minibatch ' * (key == 'minibatch')}{row[key]}" for key in said) for row in rows]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         bars = axes.barh(

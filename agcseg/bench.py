@@ -23,7 +23,7 @@ from agcseg.data import open_data
 from agcseg.data.minibatches import minibatches, open_split
 from agcseg.data.streets import make_streets
 from agcseg.errors import UserError
-from agcseg.losses import segmentation_loss
+from agcseg.losses import image_losses
 from agcseg.machine import peak_memory, reset_peak_memory
 from agcseg.networks import build
 
@@ -68,6 +68,7 @@ class Step:
         images = torch.randn(case.minibatch, 3, *case.size, device=self.device)
         labels = torch.randint(0, case.num_classes, (case.minibatch, *case.size), device=self.device)
         self.labels = labels.to(torch.uint8)
+        self.contours = self.labels == 0  # about one pixel in num_classes, for ClassNet
         if case.channels_last:
             self.network.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)
@@ -78,8 +79,8 @@ class Step:
 
     def loss(self) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
-            logits = self.model(self.images)
-        return segmentation_loss(logits, self.labels).mean()
+            outputs = self.model(self.images)
+        return sum(part.mean() for part in image_losses(outputs, self.labels, contours=self.contours))
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

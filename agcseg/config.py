@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
+
 from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS
 from agcseg.errors import UserError
-from agcseg.networks import NETWORKS
+from agcseg.losses import CONTOUR_LOSSES
+from agcseg.networks import NETWORKS, build
 from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS
 
 # ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
@@ -51,6 +54,14 @@ class DataConfig:
 
 
 @dataclass
+class ContourConfig:
+    """Of networks that find contours (ClassNet); others ignore it."""
+
+    loss: str = "iou"
+    band: int = 3
+
+
+@dataclass
 class RateConfig:
     base: float = 0.02
     value: Optional[float] = None
@@ -69,6 +80,7 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 0.0
     class_weights: str = "enet"
+    contour: ContourConfig = field(default_factory=ContourConfig)
     epochs: int = 150
     seed: int = 1
     device: str = "auto"
@@ -106,8 +118,10 @@ def check(config: Config) -> None:
     one_of("norm", config.norm.name, NORMS)
     one_of("data", data.name, LAYOUTS)
     one_of("class_weights", config.class_weights, CLASS_WEIGHTS)
+    one_of("contour.loss", config.contour.loss, CONTOUR_LOSSES)
     one_of("precision", config.precision, ("fp32", "bf16"))
     expect(config.network.width > 0, f"network.width={config.network.width}: must be positive")
+    expect(config.contour.band >= 1, f"contour.band={config.contour.band}: must be at least 1")
     expect(config.minibatch >= 1, f"minibatch={config.minibatch}: must be at least 1")
     expect(
         1 <= config.accumulate and (config.minibatch < 1 or config.minibatch % config.accumulate == 0),
@@ -131,6 +145,13 @@ def check(config: Config) -> None:
             len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
             f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
         )
+    if not problems:  # the network knows its own options; on the meta device it costs nothing
+        network, norm = config.network, config.norm
+        try:
+            with torch.device("meta"):
+                build(network.name, norm=norm.name, norm_options=norm.options, width=network.width, **network.options)
+        except UserError as error:
+            problems.append(str(error))
     available = images_available(data)
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         key = f"data.{split}_images={wanted}"

@@ -1,10 +1,47 @@
-"""The class loss: weighted cross-entropy, counted per image and divided by the number of labelled pixels."""
+"""The losses, counted per image: weighted cross-entropy of the classes, and one of the contour near its place."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from agcseg.data.labels import IGNORE
+
+CONTOUR_LOSSES = ("iou", "bce", "class_iou")
+
+
+def image_losses(
+    outputs: Tensor | tuple,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+    contours: Tensor | None = None,
+    kind: str = "iou",
+    band: int = 3,
+) -> list[Tensor]:
+    """All that a network's outputs cost, in parts which are simply added (Deep Control, section 3, ii).
+
+    Args:
+        outputs: class logits, or a `ClassNetOutput`. What its `deep` ones cost is added to the parts, measured against
+            the nearest labels, and contours wherever a coarse pixel covers one.
+        labels, class_weights: see `segmentation_loss`.
+        contours, kind, band: see `contour_loss`; needed for a `ClassNetOutput` only.
+
+    Returns:
+        the class loss of each image, (N,), and if `outputs` has a contour, the contour loss of each, (N,).
+    """
+    if isinstance(outputs, Tensor):
+        return [segmentation_loss(outputs, labels, class_weights)]
+    classes, contour, deep = outputs
+    parts = [
+        segmentation_loss(classes, labels, class_weights),
+        contour_loss(classes if kind == "class_iou" else contour, contours, labels, kind, band),
+    ]
+    for coarse in deep:
+        step = labels.shape[-1] // coarse.classes.shape[-1]
+        nearest = labels[:, step // 2 :: step, step // 2 :: step]
+        covered = F.max_pool2d(contours.float(), step) * (nearest != IGNORE)
+        added = image_losses(coarse, nearest, class_weights, covered, kind, band)
+        parts = [a + b for a, b in zip(parts, added, strict=True)]
+    return parts
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -55,3 +92,43 @@ def _pixels(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tup
     weights = valid.to(torch.promote_types(logits.dtype, torch.float32))
     weights /= valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
     return classes, weights if class_weights is None else weights.mul_(class_weights[classes])
+
+
+def contour_loss(logits: Tensor, contours: Tensor, labels: Tensor, kind: str = "iou", band: int = 3) -> Tensor:
+    """Loss of each image over the labelled pixels near a contour, and no others.
+
+    The paper names "the intersection over union (IoU) of only the points near the instance boundaries" (section 3, ii)
+    and no formula. With the probability p, the contour b and sums over the band, "iou" is the soft one:
+    1 - (Σ p·b + 1) / (Σ (p + b - p·b) + 1). An image without a contour gives 0.
+
+    Args:
+        logits: of the contour, (N, 1, H, W); for "class_iou" of the classes, (N, K, H, W).
+        contours: b, (N, H, W), 0 or 1.
+        labels: (N, H, W), class numbers or 255.
+        kind: "iou"; "bce", binary cross-entropy, mean over the band; or "class_iou", the soft IoU of each class in the
+            band, mean over those that occur there (a contour head then gets no gradient).
+        band: how far from a contour "near" is, in pixels (the larger of rows and columns).
+
+    Returns:
+        (N,), in at least float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    inside = (dilate(contours, band) & (labels != IGNORE)).unsqueeze(1)
+    truth = contours.unsqueeze(1).to(logits.dtype)
+    if kind == "bce":
+        costs = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
+        return costs.sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
+    if kind == "class_iou":
+        numbers = torch.arange(logits.shape[1], dtype=labels.dtype, device=labels.device).view(-1, 1, 1)
+        probability, truth = logits.softmax(1), ((labels.unsqueeze(1) == numbers) & inside).to(logits.dtype)
+    else:
+        probability = logits.sigmoid()
+    hit, there = (probability * truth).sum((2, 3)), truth.sum((2, 3))
+    union = (probability * inside).sum((2, 3)) + there - hit
+    counts = there > 0
+    return ((1 - (hit + 1) / (union + 1)) * counts).sum(1) / counts.sum(1).clamp(min=1)
+
+
+def dilate(marks: Tensor, distance: int) -> Tensor:
+    """Pixels at most `distance` rows and columns away from a marked one; (N, H, W) -> bool."""
+    return F.max_pool2d(marks.float(), 2 * distance + 1, stride=1, padding=distance) > 0

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from agcseg.data.labels import IGNORE
+from agcseg.losses import contour_loss, dilate
 
 
 def count(prediction: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,3 +46,34 @@ def summarise(wrong: Tensor, valid: Tensor, confusion: Tensor) -> dict[str, floa
         "miou": iou.nanmean().item(),
         "iou": iou.tolist(),
     }
+
+
+def count_contours(logits: Tensor, contours: Tensor, labels: Tensor, band: int) -> tuple[Tensor, Tensor]:
+    """Compare contours, each way within `band` pixels.
+
+    Args:
+        logits: (N, 1, H, W), of a contour; predicted where positive, all over the labelled pixels.
+        contours: (N, H, W), 0 or 1.
+        labels: (N, H, W), class numbers or 255.
+
+    Returns:
+        soft IoU in the band per image (N,), see `agcseg.losses.contour_loss`; and int64 counts per image, (N, 4):
+        predicted pixels, those of them near the truth, true pixels, those of them near a prediction.
+    """
+    predicted, truth = (logits.squeeze(1) > 0) & (labels != IGNORE), contours.bool()
+    counts = [predicted, predicted & dilate(truth, band), truth, truth & dilate(predicted, band)]
+    return 1 - contour_loss(logits, contours, labels, "iou", band), torch.stack([c.sum((1, 2)) for c in counts], 1)
+
+
+def summarise_contours(iou: Tensor, counts: Tensor) -> dict[str, float]:
+    """Figures of a whole validation set from what `count_contours` gave, concatenated.
+
+    Returns:
+        contour_iou, and contour_f: harmonic mean of the share of predicted pixels near a true one and of true pixels
+        near a predicted one. Means over the images that have a contour.
+    """
+    has = counts[:, 2] > 0
+    predicted, right, true, found = counts[has].double().unbind(1)
+    precision, recall = right / predicted.clamp(min=1), found / true
+    f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+    return {"contour_iou": iou[has].double().mean().item(), "contour_f": f.mean().item()}

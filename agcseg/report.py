@@ -22,7 +22,7 @@ from agcseg.errors import UserError
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
          "layer": "Layer normalisation", "instance": "Instance normalisation"}  # fmt: skip
-NAMES = {"segnet": "SegNet", "cityscapes": "Cityscapes", "camvid": "CamVid"}
+NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid"}
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")
 END_MARKERS = {"diverged": {"marker": "x", "ms": 9, "mew": 2}, "unfinished": {"marker": "o", "ms": 7, "mfc": "white"}}
@@ -285,10 +285,11 @@ def write_report(folder: str | Path, found: tuple[list[Run], list[str], list[str
 
 def _strip(run: Run) -> np.ndarray:
     with Image.open(run.path / "predictions.png") as picture:
-        height = min(picture.height, round(picture.width / 4 * run.size[0] / run.size[1]))  # four pictures side by side
+        panels = max(4, picture.width // (run.size[1] + 2))  # side by side, each in its frame; a contour is the fifth
+        height = min(picture.height, round(picture.width / panels * run.size[0] / run.size[1]))
         strip = ImageOps.contain(picture.convert("RGB").crop((0, 0, picture.width, height)), (1200, 1200))
     page = ImageOps.expand(strip, (0, 36, 0, 0), "white")
-    text = f"{run.name}, {run.state}: image, prediction, truth and wrong pixels"
+    text = f"{run.name}, {run.state}: image, prediction, truth and wrong pixels" + ", contour" * (panels > 4)
     ImageDraw.Draw(page).text((8, 8), text, fill="black", font=ImageFont.load_default(18))
     return np.asarray(page)
 

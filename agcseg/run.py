@@ -20,9 +20,9 @@ from agcseg.config import Config, check, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
-from agcseg.losses import segmentation_loss
+from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
-from agcseg.networks import build
+from agcseg.networks import NETWORKS, build
 from agcseg.record import (
     TensorBoard,
     layer_figures,
@@ -72,8 +72,9 @@ def run(config: Config, folder: Path) -> dict:
         streets = data.streets
         root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed, log.info)
     layout, cached = open_data(data.name, root, tuple(data.size), data.cache_dir, _progress, log.info)
+    contours = NETWORKS[config.network.name].contour
     train, val = (
-        open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device)
+        open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device, contours)
         for split, wanted in (("train", data.train_images), ("val", data.val_images))
     )
     if config.minibatch > len(train):
@@ -157,7 +158,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     steps = len(train) // config.minibatch
     bar = tqdm(total=config.epochs * steps, initial=epoch * steps, unit="step", disable=not sys.stderr.isatty())
     state, reason = "finished", ""
-    losses = torch.empty(steps, device=device)
+    losses = torch.empty(steps, 1 + network.contour, device=device)  # the class loss, and that of the contour
     reset_peak_memory(device)
     try:
         while epoch < config.epochs:
@@ -166,27 +167,28 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             network.train()
             gradient_norm, checked, bad = torch.zeros((), device=device), 0, None
             shuffled = minibatches(train, config.minibatch, device, shuffle=(config.seed, epoch), flip=config.data.flip)
-            for step, (images, labels) in enumerate(shuffled):
+            for step, (images, labels, *contours) in enumerate(shuffled):
                 optimizer.zero_grad()
-                losses[step] = backward(model, images, labels, weights, config)
-                gradient_norm += torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+                losses[step] = backward(model, images, labels, weights, config, *contours)
+                gradients = [p.grad for p in network.parameters() if p.grad is not None]
+                gradient_norm += torch.nn.utils.get_total_norm(gradients)
                 optimizer.step()
                 # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
                 if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
-                    finite = losses[checked : step + 1].isfinite()
+                    finite = losses[checked : step + 1].isfinite().all(1)
                     if not finite.all():
                         bad = checked + int((~finite).nonzero()[0])
                         break
                     checked = step + 1
-                    bar.set_postfix(_postfix(epoch, losses[step].item(), rows), refresh=False)
+                    bar.set_postfix(_postfix(epoch, losses[step].sum().item(), rows), refresh=False)
                 bar.update()
             if bad is not None:
-                state, reason = "diverged", _divergence(epoch, bad, steps, losses, rows)
+                state, reason = "diverged", _divergence(epoch, bad, steps, losses.sum(1), rows)
                 break
             train_seconds = time.perf_counter() - start
             samples += steps * config.minibatch
             network.eval()
-            figures, shown = evaluate(model, val, weights, num_classes, config, device)
+            figures, shown, shown_contours = evaluate(model, val, weights, num_classes, config, device)
             seconds += time.perf_counter() - start
             iou = figures.pop("iou")
             rows.append(
@@ -194,7 +196,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "epoch": epoch,
                     "samples": samples,
                     "rate": learning_rate,
-                    "train_loss": losses.mean().item(),
+                    **_loss_figures("train", losses),
                     **figures,
                     "gradient_norm": gradient_norm.item() / steps,
                     "images_per_second": steps * config.minibatch / train_seconds,
@@ -206,7 +208,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             painted = None
             if len(shown) and (epoch == config.epochs or epoch.bit_count() == 1):  # epochs 1, 2, 4, 8, ... and the last
                 chosen = torch.from_numpy(val.indices[_shown(val, config.images)])
-                painted = picture(val.images[chosen], shown, val.labels[chosen], classes.palette())
+                painted = picture(val.images[chosen], shown, val.labels[chosen], classes.palette(), shown_contours)
                 write_picture(folder / "predictions.png", painted)
             save_checkpoint(
                 folder / "last.pt",
@@ -239,42 +241,69 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     return result
 
 
-def backward(model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, config: Config) -> Tensor:
+def backward(
+    model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None
+) -> Tensor:
     """Add the gradient of a minibatch's mean loss to the parameters' `.grad`, in `config.accumulate` parts.
 
     Summed over images and divided by the whole minibatch, so that the split changes nothing (batch normalisation's
     statistics apart).
 
     Returns:
-        the mean loss, detached.
+        the mean losses that were added, detached: (1,), that of the classes, or (2,), and that of the contour.
     """
-    total = torch.zeros((), device=images.device, dtype=weights.dtype)
-    for some, truth in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-        loss = segmentation_loss(_logits(model, some, config), truth, weights).sum() / len(images)
-        loss.backward()
-        total += loss.detach()
+    total = 0
+    for part in zip(*(t.chunk(config.accumulate) for t in (images, labels, contours) if t is not None), strict=True):
+        some, truth, *borders = part
+        losses = _losses(_logits(model, some, config), truth, weights, config, *borders)
+        losses = losses.sum(1) / len(images)
+        losses.sum().backward()
+        total += losses.detach()
     return total
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, val: Split, weights, num_classes: int, config: Config, device) -> tuple[dict, Tensor]:
-    """Validation loss and the figures of `agcseg.metrics.summarise`, and predictions of the images that are shown."""
+def evaluate(model: nn.Module, val: Split, weights, num_classes: int, config: Config, device):
+    """Validation losses and the figures of `agcseg.metrics`; predictions of the images that are shown; and of those,
+    where the network finds contours, the contour's probabilities, else None."""
     losses, wrong, valid, shown, position = [], [], [], [], 0
+    compared, shown_contours = [], []
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     wanted = set(_shown(val, config.images))
-    for images, labels in minibatches(val, config.minibatch, device):
-        logits = _logits(model, images, config)
-        losses.append(segmentation_loss(logits, labels, weights))
+    for images, labels, *contours in minibatches(val, config.minibatch, device):
+        outputs = _logits(model, images, config)
+        losses.append(_losses(outputs, labels, weights, config, *contours))
+        logits, contour = (outputs.classes, outputs.contour) if contours else (outputs, None)
         prediction = logits.argmax(1)
         counts = metrics.count(prediction, labels, num_classes)
         wrong.append(counts[0])
         valid.append(counts[1])
         confusion += counts[2]
         shown += [row for i, row in enumerate(prediction, position) if i in wanted]
+        if contours:
+            compared.append(metrics.count_contours(contour, *contours, labels, config.contour.band))
+            shown_contours += [row for i, row in enumerate(contour.sigmoid()[:, 0], position) if i in wanted]
         position += len(images)
-    figures = {"val_loss": torch.cat(losses).double().mean().item()}
+    figures = _loss_figures("val", torch.cat(losses, 1).T.double())
     figures |= metrics.summarise(torch.cat(wrong), torch.cat(valid), confusion)
-    return figures, torch.stack(shown) if shown else torch.empty(0)
+    if compared:
+        figures |= metrics.summarise_contours(*map(torch.cat, zip(*compared, strict=True)))
+    shown = torch.stack(shown) if shown else torch.empty(0)
+    return figures, shown, torch.stack(shown_contours) if shown_contours else None
+
+
+def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None) -> Tensor:
+    """(1, N), or with a contour (2, N): the losses of `image_losses`."""
+    return torch.stack(image_losses(outputs, labels, weights, contours, config.contour.loss, config.contour.band))
+
+
+def _loss_figures(what: str, losses: Tensor) -> dict[str, float]:
+    """Means of losses, (n, 1) or (n, 2): their sum and, if there are two, each."""
+    figures = {f"{what}_loss": losses.sum(1).mean().item()}
+    if losses.shape[1] == 2:
+        of_classes, of_contour = losses.mean(0).tolist()
+        figures |= {f"{what}_class_loss": of_classes, f"{what}_contour_loss": of_contour}
+    return figures
 
 
 def _logits(model: nn.Module, images: Tensor, config: Config) -> Tensor:
@@ -302,7 +331,7 @@ def _always(commonest: int, val: Split, num_classes: int, device) -> float:
 
 
 def _check_same_run(saved: dict, settings: dict, pixels: list[int], folder: Path) -> None:
-    there, here = _flat(saved["config"]), _flat(settings)
+    there, here = _flat(asdict(Config())) | _flat(saved["config"]), _flat(settings)  # a run may be older than a key
     differ = [
         f"{key}: {there.get(key)} there, {here.get(key)} here"
         for key in sorted(there.keys() | here.keys())

@@ -40,12 +40,13 @@ def test_kept_bytes_by_hand():
     assert kept_for_backward(step) == 4 * (16 * 4 + 2 * 16 * 8)
 
 
-def test_alone():
-    figures = alone(case())
-    step = Step(case())
+@pytest.mark.parametrize("values", [{}, {"network": "classnet", "size": (128, 256)}])
+def test_alone(values):
+    figures = alone(case(**values))
+    step = Step(case(**values))
     assert figures["parameters"] == sum(p.numel() for p in step.network.parameters())
     assert figures["kept_mib"] > 0 and figures["gflop"] > 0
-    assert alone(case(minibatch=2))["gflop"] == pytest.approx(2 * figures["gflop"])
+    assert alone(case(minibatch=2, **values))["gflop"] == pytest.approx(2 * figures["gflop"])
 
 
 def test_gflop_of_segnet():

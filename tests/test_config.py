@@ -106,6 +106,11 @@ def test_the_overrides_of_the_readme():
         (["class_weights=median"], "class_weights=median: choose from enet, enet_raw, none"),
         (["precision=fp8"], "precision=fp8: choose from fp32, bf16"),
         (["name=../elsewhere"], "name=../elsewhere: must stay inside outputs/"),
+        (["contour.loss=dice"], "contour.loss=dice: choose from iou, bce, class_iou"),
+        (["contour.band=0"], "contour.band=0: must be at least 1"),
+        (["network=classnet", "data=streets"], "classnet takes [height,width] in multiples of 128"),
+        (["network=classnet", "network.options.final_projection=no"], "final_projection='no' is not known"),
+        (["+network.options.depth=3"], "network 'segnet' has no option depth"),
         (["network.width=0"], "network.width=0.0: must be positive"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from agcseg.data import LAYOUTS, open_data, streets_root
-from agcseg.data.cache import open_cache
+from agcseg.data.cache import contours, open_cache
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN
 from agcseg.data.layout import check, list_samples
 from agcseg.data.minibatches import MEAN, STD, choose, histogram, minibatches, normalise, open_split
@@ -145,6 +145,38 @@ def test_cache_holds_resized_images_and_nearest_labels(tmp_path):
     assert again.folder == cached.folder and np.array_equal(again.images, cached.images)
 
 
+def test_contours_by_hand():
+    instances = np.array([[7, 7, 7, 26001], [7, 7, 26001, 26001], [7, 26002, 26002, 0], [7, 7, 0, 0]])
+    labels = np.where(instances == 0, IGNORE, np.where(instances > 1000, 13, 0)).astype(np.uint8)
+    expected = [[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0], [0, 1, 0, 0]]  # void has no border; two cars have one
+    assert contours(labels, instances).astype(int).tolist() == expected
+    assert contours(labels, labels).astype(int).tolist() == [[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+    assert not contours(np.full((3, 3), IGNORE, np.uint8), np.arange(9).reshape(3, 3)).any()
+
+
+def test_cached_contours_are_those_of_the_cached_labels_and_instances(tmp_path):
+    root = write_cityscapes(tmp_path / "data")
+    samples = list_samples(LAYOUT, root, "train")
+    ids = np.array(Image.open(samples[0].label)).astype(np.uint16)
+    ids[ids == 26] = 26000 + np.arange(64 * 128).reshape(64, 128)[ids == 26] // (128 * 20)  # cars in bands of 20 rows
+    Image.fromarray(ids).save(samples[0].instance)
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    labels, instances = cached.labels[0], ids[1::2, 1::2]  # nearest: the odd rows and columns
+    assert np.array_equal(labels, LAYOUT.classes.lookup()[np.minimum(np.where(instances > 99, 26, instances), 255)])
+    assert np.array_equal(cached.contours[0], contours(labels, instances))
+    assert not np.array_equal(cached.contours[0], contours(labels, labels))
+    assert np.array_equal(cached.contours[1], contours(cached.labels[1], cached.labels[1]))  # one instance per label
+    os.utime(samples[0].instance, ns=(1, 1))
+    assert open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train").folder != cached.folder
+
+
+def test_camvid_contours_are_those_of_the_classes(tmp_path):
+    _, cached = open_data("camvid", write_camvid(tmp_path / "data"), (32, 64), tmp_path / "cache")
+    for split in cached.values():
+        for labels, marked in zip(split.labels, split.contours, strict=True):
+            assert np.array_equal(marked, contours(labels, labels))
+
+
 def test_cache_is_keyed_by_files_and_size(tmp_path):
     root = write_cityscapes(tmp_path / "data")
     samples = list_samples(LAYOUT, root, "train")
@@ -254,6 +286,21 @@ def test_flip_mirrors_image_and_label_together(split):
     for i, was in enumerate(mirrored):
         for a, b in zip(plain, flipped, strict=True):
             assert torch.equal(b[i], a[i].flip(-1) if was else a[i])
+
+
+def test_contours_come_when_wanted_and_are_flipped_too(streets, tmp_path, split):
+    assert split.contours is None and all(len(batch) == 2 for batch in minibatches(split, 3, CPU))
+    _, cached = open_data("streets", streets, (32, 64), tmp_path)
+    wanted = open_split(cached["train"], split.indices, CPU, contours=True)
+    for flip in (False, True):
+        (without,) = minibatches(split, 7, CPU, shuffle=(1, 1), flip=flip)
+        (images, labels, marked) = list(minibatches(wanted, 7, CPU, shuffle=(1, 1), flip=flip))[0]
+        assert torch.equal(images, without[0]) and torch.equal(labels, without[1])
+        assert marked.dtype == torch.uint8 and set(marked.unique().tolist()) == {0, 1}
+        assert not (marked.bool() & (labels == IGNORE)).any()
+        # every border between classes is marked, mirrored or not
+        between = torch.from_numpy(np.stack([contours(label, label) for label in labels.numpy()]))
+        assert (marked.bool() | ~between).all()
 
 
 def test_normalisation():

@@ -1,4 +1,4 @@
-"""The class loss against a count by hand."""
+"""The class loss against a count by hand; the contour losses on maps small enough to see."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from agcseg.losses import segmentation_loss
+from agcseg.losses import CONTOUR_LOSSES, contour_loss, dilate, image_losses, segmentation_loss
+from agcseg.networks.classnet import ClassNetOutput
 
 
 def by_hand(logits, labels, weights):
@@ -98,3 +99,101 @@ def test_deterministic_algorithms():
         segmentation_loss(logits.requires_grad_(), labels, weights).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def contour_example():
+    """Two images of 12x16 in two halves, the second with void in its upper part; their contour is two columns wide."""
+    labels = torch.zeros(2, 12, 16, dtype=torch.uint8)
+    labels[:, :, 8:] = 2
+    labels[1, :4] = 255
+    contours = torch.zeros_like(labels)
+    contours[0, :, 7:9] = contours[1, 4:, 7:9] = 1
+    return contours, labels
+
+
+def sure(contours):
+    return (40.0 * contours.double() - 20).unsqueeze(1)  # logits of probability 0 and 1
+
+
+def test_contour_iou_by_hand():
+    contours, labels = contour_example()
+    loss = contour_loss(torch.zeros(2, 1, 12, 16).double(), contours, labels, band=3)
+    # the band is 8 columns wide, 2 of them contour: hit = half of the contour, union = half of the band + hit
+    expected = [1 - (12 + 1) / (48 + 12 + 1), 1 - (8 + 1) / (32 + 8 + 1)]
+    torch.testing.assert_close(loss, torch.tensor(expected).double())
+    half = contour_loss(torch.zeros(2, 1, 12, 16).bfloat16(), contours, labels, band=3)
+    assert half.dtype == torch.float32 and half.tolist() == pytest.approx(expected)
+
+
+def test_contour_bce_by_hand():
+    contours, labels = contour_example()
+    logits = torch.full((2, 1, 12, 16), 1.5).double()
+    expected = (2 * math.log1p(math.exp(-1.5)) + 6 * math.log1p(math.exp(1.5))) / 8
+    assert contour_loss(logits, contours, labels, "bce").tolist() == pytest.approx([expected] * 2)
+
+
+def test_class_iou_by_hand():
+    contours, labels = contour_example()
+    loss = contour_loss(torch.zeros(2, 4, 12, 16).double(), contours, labels, "class_iou")
+    # two classes of 4 columns each in the band, each with probability 1/4: hit = 1/4 of it, union = 2/4 + 1 - 1/4 of it
+    expected = [1 - (12 + 1) / (60 + 1), 1 - (8 + 1) / (40 + 1)]
+    torch.testing.assert_close(loss, torch.tensor(expected).double())
+
+
+def test_perfect_and_inverted_contours():
+    contours, labels = contour_example()
+    assert contour_loss(sure(contours), contours, labels).max() < 1e-6
+    assert contour_loss(-sure(contours), contours, labels).min() > 0.98
+
+
+@pytest.mark.parametrize("kind", CONTOUR_LOSSES)
+def test_no_contour_and_no_label_cost_nothing(kind):
+    contours, labels = contour_example()
+    contours[0] = 0  # no border
+    contours[1], labels[1] = 0, 255  # all void
+    logits = torch.randn(2, 4 if kind == "class_iou" else 1, 12, 16, requires_grad=True)
+    loss = contour_loss(logits, contours, labels, kind)
+    loss.sum().backward()
+    assert loss.tolist() == [0, 0] and logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", CONTOUR_LOSSES)
+def test_only_labelled_pixels_near_a_contour_get_a_gradient(kind):
+    contours, labels = contour_example()
+    logits = torch.randn(2, 4 if kind == "class_iou" else 1, 12, 16, requires_grad=True)
+    contour_loss(logits, contours, labels, kind, band=2).sum().backward()
+    near = logits.grad.abs().sum(1) > 0
+    assert near[0, :, 5:11].all() and near[1, 4:, 5:11].all()
+    assert near.sum() == 6 * (12 + 8)
+
+
+@pytest.mark.parametrize("kind", CONTOUR_LOSSES)
+def test_contour_loss_gradient_and_images_on_their_own(kind):
+    contours, labels = contour_example()
+    logits = torch.randn(2, 4 if kind == "class_iou" else 1, 12, 16, dtype=torch.float64, requires_grad=True)
+    whole = contour_loss(logits, contours, labels, kind)
+    single = [contour_loss(logits[i : i + 1], contours[i : i + 1], labels[i : i + 1], kind) for i in range(2)]
+    torch.testing.assert_close(whole, torch.cat(single))
+    torch.autograd.gradcheck(lambda z: contour_loss(z, contours[:1, 4:8], labels[:1, 4:8], kind), logits[:1, :, 4:8])
+
+
+def test_dilation():
+    marks = torch.zeros(1, 7, 9, dtype=torch.uint8)
+    marks[0, 3, 4] = 1
+    expected = torch.zeros(1, 7, 9, dtype=torch.bool)
+    expected[0, 1:6, 2:7] = True
+    assert torch.equal(dilate(marks, 2), expected)
+
+
+def test_image_losses():
+    contours, labels = contour_example()
+    classes, contour = torch.randn(2, 4, 12, 16), torch.randn(2, 1, 12, 16)
+    (alone,) = image_losses(classes, labels)
+    parts = image_losses(ClassNetOutput(classes, contour), labels, None, contours)
+    assert torch.equal(alone, parts[0]) and torch.equal(parts[1], contour_loss(contour, contours, labels))
+    coarse = ClassNetOutput(torch.randn(2, 4, 3, 4), torch.randn(2, 1, 3, 4))
+    deep = image_losses(ClassNetOutput(classes, contour, (coarse,)), labels, None, contours)
+    covered = torch.tensor([[[0, 1, 1, 0]] * 3, [[0, 0, 0, 0]] + [[0, 1, 1, 0]] * 2], dtype=torch.uint8)
+    added = image_losses(coarse, labels[:, 2::4, 2::4], None, covered)
+    for i in range(2):
+        torch.testing.assert_close(deep[i], parts[i] + added[i])

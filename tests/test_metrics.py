@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from agcseg.metrics import count, summarise
+from agcseg.metrics import count, count_contours, summarise, summarise_contours
 
 
 def test_by_hand():
@@ -29,3 +29,19 @@ def test_counts_add_up_over_minibatches():
     parts = [count(prediction[i : i + 4], labels[i : i + 4], 5) for i in (0, 4)]
     wrong, valid = (torch.cat([part[k] for part in parts]) for k in (0, 1))
     assert summarise(wrong, valid, sum(part[2] for part in parts)) == whole
+
+
+def test_contours_by_hand():
+    """The truth is column 4. Image 0: column 5 and two pixels far away are predicted; image 1: nothing; 2: no truth."""
+    labels, contours = torch.zeros(3, 6, 16, dtype=torch.uint8), torch.zeros(3, 6, 16, dtype=torch.uint8)
+    contours[:2, :, 4] = 1
+    logits = torch.full((3, 1, 6, 16), -20.0)
+    logits[0, 0, :, 5] = logits[0, 0, 0, 12] = logits[0, 0, 5, 12] = logits[2] = 20
+    labels[0, 0, 12] = 255  # one of the two is void
+    iou, counts = count_contours(logits, contours, labels, band=1)
+    assert counts.tolist() == [[7, 6, 6, 6], [0, 0, 6, 0], [96, 0, 0, 0]]
+    assert iou.tolist() == pytest.approx([1 / 13, 1 / 7, 1])
+    figures = summarise_contours(iou, counts)
+    precision = 6 / 7
+    assert figures["contour_f"] == pytest.approx((2 * precision / (precision + 1) + 0) / 2)
+    assert figures["contour_iou"] == pytest.approx((1 / 13 + 1 / 7) / 2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import agcseg.losses
 import agcseg.run
 from agcseg.config import RateConfig
 from agcseg.errors import UserError
@@ -130,6 +131,15 @@ def test_another_run_in_the_folder_is_refused_and_kept(tiny, tmp_path):
     assert {path: path.read_bytes() for path in before if path != log} == {p: b for p, b in before.items() if p != log}
 
 
+def test_a_run_older_than_a_key_goes_on(tiny, tmp_path):
+    """Keys that its configuration lacks have their default."""
+    run(tiny(epochs=1), tmp_path / "run")
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    del saved["config"]["contour"]
+    torch.save(saved, tmp_path / "run/last.pt")
+    assert run(tiny(epochs=2), tmp_path / "run")["epochs"] == 2
+
+
 def test_changed_data_are_noticed(tiny, tmp_path):
     run(tiny(epochs=1), tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
@@ -168,7 +178,7 @@ def test_divergence_keeps_the_last_finite_epoch(tiny, tmp_path, monkeypatch):
         calls += logits.requires_grad
         return segmentation_loss(logits, labels, weights) * (math.nan if calls == 4 else 1)
 
-    monkeypatch.setattr(agcseg.run, "segmentation_loss", loss)
+    monkeypatch.setattr(agcseg.losses, "segmentation_loss", loss)
     result = run(tiny(epochs=5), tmp_path / "run")  # 2 steps per epoch: the second of epoch 2
     assert (result["state"], result["epochs"], len(rows(tmp_path / "run"))) == ("diverged", 1, 1)
     assert "nan in epoch 2, step 2 of 2; the last finite loss was 0." in result["reason"]

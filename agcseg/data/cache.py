@@ -13,10 +13,11 @@ import filelock
 import numpy as np
 from PIL import Image
 
+from agcseg.data.labels import IGNORE
 from agcseg.data.layout import Layout, Sample, load
 from agcseg.errors import UserError
 
-VERSION = 1  # of what is written; a new number leaves old caches unused
+VERSION = 2  # of what is written; a new number leaves old caches unused
 
 
 class Cached(NamedTuple):
@@ -26,12 +27,14 @@ class Cached(NamedTuple):
         folder: where it lies.
         images: (n, 3, H, W) uint8, RGB.
         labels: (n, H, W) uint8, class numbers or 255.
+        contours: (n, H, W) uint8, 1 on the borders between instances (see `contours`).
         names: n names.
     """
 
     folder: Path
     images: np.memmap
     labels: np.memmap
+    contours: np.memmap
     names: list[str]
 
 
@@ -46,10 +49,11 @@ def open_cache(
 ) -> Cached:
     """Open the memory map of these samples, and build it first if it is not there.
 
-    Images are resized by Pillow's bilinear filter (antialiased: its support grows with the reduction), labels by the
-    nearest neighbour. The folder's name holds a hash of the file list with sizes and times, of the training size and of
-    the class table, so changed data are never taken for old ones. A build runs under a lock, writes beside the place
-    and is renamed at the end: two processes share one build, and a killed one leaves nothing that is taken for whole.
+    Images are resized by Pillow's bilinear filter (antialiased: its support grows with the reduction), labels and
+    instances by the nearest neighbour. The folder's name holds a hash of the file list with sizes and times, of the
+    training size and of the class table, so changed data are never taken for old ones. A build runs under a lock,
+    writes beside the place and is renamed at the end: two processes share one build, and a killed one leaves nothing
+    that is taken for whole.
 
     Args:
         size: (height, width) of training.
@@ -81,6 +85,7 @@ def open_cache(
         # copy-on-write, so that torch sees a writable array and nobody can change the file
         np.load(folder / "images.npy", mmap_mode="c"),
         np.load(folder / "labels.npy", mmap_mode="c"),
+        np.load(folder / "contours.npy", mmap_mode="c"),
         json.loads((folder / "names.json").read_text()),
     )
 
@@ -89,7 +94,8 @@ def _digest(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str
     files = [
         (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
         for sample in samples
-        for path in (sample.image, sample.label)
+        for path in (sample.image, sample.label, sample.instance)
+        if path
         for stat in (path.stat(),)
     ]
     key = [VERSION, layout.name, sorted(layout.classes.from_file.items()), size, files]
@@ -98,7 +104,7 @@ def _digest(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str
 
 def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder: Path, progress) -> None:
     height, width = size
-    needed = len(samples) * 4 * height * width
+    needed = len(samples) * 5 * height * width
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise UserError(
@@ -111,27 +117,51 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
     try:
         images = _new(temporary / "images.npy", (len(samples), 3, height, width))
         labels = _new(temporary / "labels.npy", (len(samples), height, width))
+        borders = _new(temporary / "contours.npy", (len(samples), height, width))
 
         def convert(i: int) -> str | None:
             try:
-                image, label = load(samples[i], layout)
+                image, *truth = load(samples[i], layout)
             except UserError as error:
                 return str(error)
             resized = image.resize((width, height), Image.Resampling.BILINEAR)
             images[i] = np.asarray(resized).transpose(2, 0, 1)
-            labels[i] = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+            nearest = (Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST) for part in truth)
+            labels[i], instances = map(np.asarray, nearest)
+            borders[i] = contours(labels[i], instances)
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             problems = [line for line in progress(pool.map(convert, range(len(samples))), len(samples)) if line]
         if problems:
             raise UserError(f"{len(problems)} of {len(samples)} samples cannot be used:\n  " + "\n  ".join(problems))
-        images.flush()
-        labels.flush()
+        for written in (images, labels, borders):
+            written.flush()
         (temporary / "names.json").write_text(json.dumps([sample.name for sample in samples]))
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def contours(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """Where a labelled pixel has a labelled neighbour (of four) of another instance.
+
+    Both sides of a border are marked, so it is two pixels wide; a border to unlabelled pixels is none. In Cityscapes
+    what is no instance has its label id there, so borders between classes count too.
+
+    Args:
+        labels: (H, W) class numbers or 255.
+        instances: (H, W) integers.
+
+    Returns:
+        (H, W) bool.
+    """
+    valid, marked = labels != IGNORE, np.zeros(labels.shape, dtype=bool)
+    for one, other in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        border = (instances[one] != instances[other]) & valid[one] & valid[other]
+        marked[one] |= border
+        marked[other] |= border
+    return marked
 
 
 def _new(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -74,11 +74,12 @@ def not_found(layout: Layout, root: Path, problems: list[str]) -> str:
     )
 
 
-def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray]:
+def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """Decode one sample completely.
 
     Returns:
-        the image (RGB) and its labels, (height, width) uint8 class numbers or 255.
+        the image (RGB), its labels, (height, width) uint8 class numbers or 255, and its instances, integers of the same
+        shape: the labels again where the data set has none.
 
     Raises:
         UserError: a file is missing, truncated, of the wrong size or holds numbers that are not labels; it names the
@@ -97,12 +98,13 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray]:
     if (labels == UNKNOWN).any():
         numbers = sorted(set(np.asarray(label)[labels == UNKNOWN].tolist()))
         raise UserError(f"{sample.label}: holds {_few(numbers)}, which are no label ids of {layout.title}")
-    if sample.instance is not None:
-        instance = _decode(sample.instance)
-        _check_size(sample.instance, instance, image)
-        if not instance.mode.startswith("I"):
-            raise UserError(f"{sample.instance}: mode {instance.mode}, expected one 16-bit channel of instance ids")
-    return image, labels
+    if sample.instance is None:
+        return image, labels, labels
+    instance = _decode(sample.instance)
+    _check_size(sample.instance, instance, image)
+    if not instance.mode.startswith("I"):
+        raise UserError(f"{sample.instance}: mode {instance.mode}, expected one 16-bit channel of instance ids")
+    return image, labels, np.asarray(instance)
 
 
 def check(samples: list[Sample], layout: Layout, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:

@@ -22,12 +22,14 @@ class Split(NamedTuple):
         labels: (n, H, W) uint8, class numbers or 255.
         indices: (m,) int64, which of the n belong to this run.
         names: m names.
+        contours: (n, H, W) uint8, 1 on borders between instances, where they are wanted.
     """
 
     images: Tensor
     labels: Tensor
     indices: np.ndarray
     names: list[str]
+    contours: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -40,16 +42,21 @@ def choose(n: int, wanted: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n)[:wanted])
 
 
-def open_split(cached: Cached, indices: np.ndarray, device: torch.device) -> Split:
-    """A split for training: on the device if that is CUDA and half of its free memory is enough, else left mapped."""
+def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contours: bool = False) -> Split:
+    """A split for training: on the device if that is CUDA and half of its free memory is enough, else left mapped.
+
+    Its contours are opened only if they are wanted.
+    """
     names = [cached.names[i] for i in indices]
-    images, labels = torch.from_numpy(cached.images), torch.from_numpy(cached.labels)
+    parts = [cached.images, cached.labels, cached.contours][: 2 + contours]
+    parts = [torch.from_numpy(part) for part in parts]
     if device.type == "cuda":
-        needed = len(indices) * (images[0].nbytes + labels[0].nbytes)
+        needed = len(indices) * sum(part[0].nbytes for part in parts)
         if needed <= torch.cuda.mem_get_info(device)[0] / 2:
-            images, labels = images[indices].to(device), labels[indices].to(device)
+            parts = [part[indices].to(device) for part in parts]
             indices = np.arange(len(indices))
-    return Split(images, labels, indices, names)
+    images, labels, *borders = parts
+    return Split(images, labels, indices, names, *borders)
 
 
 def histogram(split: Split, num_classes: int) -> list[int]:
@@ -62,8 +69,10 @@ def histogram(split: Split, num_classes: int) -> list[int]:
 
 def minibatches(
     split: Split, minibatch: int, device: torch.device, shuffle: tuple[int, int] | None = None, flip: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield (images (N, 3, H, W) float32 normalised, labels (N, H, W) uint8) on the device.
+
+    Where the split has contours, a minibatch has a third part, contours (N, H, W) uint8.
 
     Args:
         minibatch: N.
@@ -78,16 +87,17 @@ def minibatches(
         order = generator.permutation(order)[: len(order) // minibatch * minibatch]
         flips = generator.random(len(order)) < 0.5 if flip else None
     on_device = split.images.device == device
+    parts = [part for part in (split.images, split.labels, split.contours) if part is not None]
     for start in range(0, len(order), minibatch):
         chosen = torch.from_numpy(order[start : start + minibatch])
-        images, labels = split.images[chosen], split.labels[chosen]
+        images, *truth = (part[chosen] for part in parts)
         if not on_device:
-            images, labels = (part.pin_memory().to(device, non_blocking=True) for part in (images, labels))
+            images, *truth = (part.pin_memory().to(device, non_blocking=True) for part in (images, *truth))
         if flips is not None:
             mirrored = torch.from_numpy(flips[start : start + minibatch]).to(device)
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-            labels = torch.where(mirrored.view(-1, 1, 1), labels.flip(-1), labels)
-        yield normalise(images), labels
+            truth = [torch.where(mirrored.view(-1, 1, 1), part.flip(-1), part) for part in truth]
+        yield normalise(images), *truth
 
 
 def normalise(images: Tensor) -> Tensor:

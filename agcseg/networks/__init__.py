@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from agcseg.errors import UserError
+from agcseg.networks.classnet import ClassNet
 from agcseg.networks.segnet import SegNet
 from agcseg.nn import IMPLEMENTATIONS, NORMS, initialise
 
-NETWORKS: dict[str, type[nn.Module]] = {"segnet": SegNet}
+NETWORKS: dict[str, type[nn.Module]] = {"segnet": SegNet, "classnet": ClassNet}
 
 
 def build(
@@ -28,18 +29,20 @@ def build(
     """Build a segmentation network, initialised from torch's default generator (seed it with `torch.manual_seed`).
 
     Args:
-        network: "segnet".
+        network: "segnet" or "classnet".
         norm: "agc", "bn", "group", "instance", "layer", "none", or any callable from a number of channels to a module.
         num_classes: number of classes K.
-        width: factor on all layer widths; 1 is the paper's network.
+        width: factor on the layers' widths; 1 is the paper's network.
         init: "he", "he_centered" or "identity" (see `agcseg.nn.initialise`).
         implementation: "fast" or "literal": how AGC is computed, with the same values, parameters and state_dict (see
             `agcseg.nn.ConvUnit`); other norms ignore it.
         norm_options: keyword arguments for the norm, such as `{"eps": 1e-3}` for "bn".
-        **options: further keyword arguments of the network, such as `in_channels` or `head_norm`.
+        **options: further keyword arguments of the network, such as `in_channels`, `head_norm` (SegNet) or
+            `contour_width` (ClassNet).
 
     Returns:
-        a module from images (N, 3, H, W) to class logits (N, K, H, W).
+        a module from images (N, 3, H, W) to class logits (N, K, H, W); ClassNet gives a `ClassNetOutput` with them and
+        contour logits.
 
     Raises:
         UserError (a ValueError): a name or option is not known, or a number is out of range; it lists what there is.

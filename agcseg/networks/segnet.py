@@ -33,6 +33,7 @@ class SegNet(nn.Module):
     """
 
     multiple = 32  # of which height and width must be multiples
+    contour = False  # wants no contours to train on
 
     def __init__(
         self,

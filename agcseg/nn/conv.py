@@ -24,7 +24,7 @@ class ConvUnit(nn.Module):
         in_channels, out_channels, kernel_size: of the convolution; `kernel_size` is odd.
         norm: num_features -> module, or None for none.
         identity: the layer may start as the identity (`init="identity"`): it is not the first after a change of
-            resolution.
+            resolution. "last": on the last of its input channels, where they are more than its outputs.
         implementation: "fast", or "literal" for the paper's formula. Values, gradients, parameters and state_dict are
             the same; only the literal form has second derivatives.
 
@@ -38,7 +38,7 @@ class ConvUnit(nn.Module):
         out_channels: int,
         kernel_size: int = 3,
         norm: Callable[[int], nn.Module] | None = AGC2d,
-        identity: bool = False,
+        identity: bool | str = False,
         implementation: str = "fast",
     ) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 
 from agcseg.errors import UserError
@@ -37,4 +38,8 @@ def initialise(network: nn.Module, init: str = "he") -> None:
     if init == "identity":
         for module in network.modules():
             if isinstance(module, ConvUnit) and module.identity:
-                nn.init.dirac_(module.conv.weight)
+                weight = module.conv.weight
+                nn.init.dirac_(weight)
+                if module.identity == "last":
+                    with torch.no_grad():
+                        weight.copy_(weight.roll(weight.shape[1] - weight.shape[0], 1))

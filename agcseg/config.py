@@ -145,7 +145,7 @@ def check(config: Config) -> None:
             len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
             f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
         )
-    if not problems:  # the network knows its own options; on the meta device it costs nothing
+    if not problems:  # the network knows its own options; on the meta device it costs no memory
         network, norm = config.network, config.norm
         try:
             with torch.device("meta"):

@@ -110,6 +110,7 @@ def test_the_overrides_of_the_readme():
         (["contour.band=0"], "contour.band=0: must be at least 1"),
         (["network=classnet", "data=streets"], "classnet takes [height,width] in multiples of 128"),
         (["network=classnet", "network.options.final_projection=no"], "final_projection='no' is not known"),
+        (["network=classnet", "network.options.contour_width=wide"], "contour_width='wide' must be a number of maps"),
         (["+network.options.depth=3"], "network 'segnet' has no option depth"),
         (["network.width=0"], "network.width=0.0: must be positive"),
     ],

@@ -80,8 +80,8 @@ class ClassNet(nn.Module):
         super().__init__()
         if final_projection not in ENCODER:
             raise UserError(f"final_projection={final_projection!r} is not known; choose from {', '.join(ENCODER)}")
-        if contour_width < 0:
-            raise UserError(f"contour_width={contour_width} must not be negative")
+        if not isinstance(contour_width, int) or contour_width < 0:
+            raise UserError(f"contour_width={contour_width!r} must be a number of maps, 0 or more")
         unit = partial(ConvUnit, norm=norm, implementation=implementation)
         widths = [max(1, round(width * channels)) for channels in WIDTHS]
         inputs = [in_channels, *(channels + in_channels for channels in widths[:-1])]

@@ -30,7 +30,7 @@ def initialise(network: nn.Module, init: str = "he") -> None:
         raise UserError(f"init={init!r} is not known; choose from {', '.join(INITS)}")
     gain = math.sqrt(2 / (1 - 1 / math.pi)) if init == "he_centered" else math.sqrt(2)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there torch would load much to do nothing
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
             if module.bias is not None:

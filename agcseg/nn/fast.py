@@ -40,6 +40,7 @@ class Geometry(NamedTuple):
 
 
 PLAIN = Geometry()
+CACHED = 2**18  # numbers that stay in a processor's cache
 
 
 def agc_unit(
@@ -143,10 +144,10 @@ def _backward(ctx, grad):
     positions = output.shape[2:].numel() * (1 if winners is None else 4)
     alone = (offsets is not None or stem[0] is not None) and positions >= 2**16
     parts = len(grad) if alone else 1
+    if parts == 1:
+        return None, None, None, *_backward_part(ctx, filters, gain, mean_scale, stem, *by_sample)
     chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=True)
     grads = [_backward_part(ctx, filters, gain, mean_scale, stem, *chunk) for chunk in chunks]
-    if parts == 1:
-        return None, None, None, *grads[0]
     grads = list(zip(*grads, strict=True))
     parameters = [None if g[0] is None else sum(g) for g in grads[:8]]
     return None, None, None, *parameters, *(None if g[0] is None else torch.cat(g) for g in grads[8:])
@@ -209,7 +210,11 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, filters, gai
 
 def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """dW' becomes dW = γ·dW' in place; returns dγ = <W, dW'>. In blocks that stay in a processor's cache."""
-    rows = max(1, 2**18 // filters[0].numel())
+    rows = max(1, CACHED // filters[0].numel())
+    if rows >= len(filters):
+        d_gain = (filters.to(dtype) * d_filters).sum((1, 2, 3)).to(gain.dtype)
+        d_filters.mul_(gain.view(-1, 1, 1, 1))
+        return d_gain
     d_gain = []
     for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
         d_gain.append((w.to(dtype) * d).sum((1, 2, 3)))
@@ -223,6 +228,8 @@ def _same(filters: Tensor) -> Geometry:
 
 def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
     """The filters of each input, from those of the concatenation."""
+    if len(shapes) == 1:
+        return [filters.to(dtype)]
     return list(filters.to(dtype).split([shape[0] // geometry.groups for shape in shapes], 1))
 
 
@@ -248,6 +255,10 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
         )
 
     fold = _fold_is_smaller(filters, dz)
+    if fold and dz.numel() <= 4 * CACHED and need_filters and need_maps == (True,) and isinstance(maps, tuple):
+        # On small maps calls cost more than the memory of both gradients at once.
+        d_map, d_slice, _ = backward(maps[0], _fold(filters, gain).to(dz.dtype), True, True)
+        return [d_map], [d_slice]
     maps = maps or tuple(dz.new_empty(len(dz), *shape) for shape in shapes)  # only their shapes count
     slices = _slices(filters, shapes, geometry, dz.dtype)
     d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
@@ -269,8 +280,11 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
 
 
 def _fold_is_smaller(filters: Tensor, maps: Tensor) -> bool:
-    """Whether γ is cheaper on the filters than on the convolution's output, of as many positions as `maps`."""
-    return filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
+    """Whether γ is cheaper on the filters than on the convolution's output, of as many positions as `maps`.
+
+    Small filters are scaled in any case: the two gradients of the convolution then come from one call.
+    """
+    return filters.numel() <= CACHED or filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
 
 
 def _fold(filters: Tensor, gain: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def layer_figures(network: nn.Module) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files of a run. The curves stand twice: against the epoch, and in `by_samples/` against the samples seen.
+    """Event files of a run. The curves stand twice: against the epoch, and against the samples seen.
 
     The second axis has a folder of its own because a resume purges points by step, and the two count differently.
     """
@@ -98,7 +98,7 @@ class TensorBoard:
         for tag, value in {**scalars, **figures}.items():
             self.epochs.add_scalar(tag, value, row["epoch"])
             if tag.startswith("curves/"):
-                self.samples.add_scalar(f"by_samples/{tag.removeprefix('curves/')}", value, row["samples"])
+                self.samples.add_scalar(f"curves_by_samples/{tag.removeprefix('curves/')}", value, row["samples"])
         if picture is not None:
             self.epochs.add_image("validation/image_prediction_truth_error", picture, row["epoch"], dataformats="HWC")
         self.epochs.flush()

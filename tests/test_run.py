@@ -55,7 +55,7 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     assert (folder / "predictions.png").stat().st_size > 500
     assert "epoch   3/3" in (folder / "run.log").read_text()
     assert [step for step, _ in scalars(folder, "curves/pixel_error")] == [1, 2, 3]
-    assert [step for step, _ in scalars(folder / "samples", "by_samples/pixel_error")] == [8, 16, 24]
+    assert [step for step, _ in scalars(folder / "samples", "curves_by_samples/pixel_error")] == [8, 16, 24]
     assert len(scalars(folder, "lambda_mean/encoder.0.0")) == 3 and len(scalars(folder, "lambda_q95/decoder.0.1")) == 3
     saved = torch.load(folder / "last.pt", weights_only=True)
     assert saved["classes"][0] == "road" and saved["normalisation"]["mean"] and saved["config"]["minibatch"] == 2
@@ -90,7 +90,7 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
     straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
     assert straight.keys() == broken.keys() and all(torch.equal(straight[key], broken[key]) for key in straight)
     assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
-    for part, tag in (("", "curves/val_loss"), ("samples", "by_samples/val_loss")):
+    for part, tag in (("", "curves/val_loss"), ("samples", "curves_by_samples/val_loss")):
         folders = (tmp_path / "straight" / part, tmp_path / "broken" / part)
         straight, broken = (scalars(folder, tag) for folder in folders)
         assert set(broken) <= set(straight) and len(broken) == len(set(broken))

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from tqdm import tqdm
 
-from agcseg.cli import CONFIGS, fail, to_object
+from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, DataConfig
 from agcseg.config import check as check_config
 from agcseg.data import LAYOUTS, open_data, streets_root
@@ -85,6 +85,7 @@ def _job(cfg) -> None:
 
 
 def main() -> None:
+    check_keys("agcseg-data", sys.argv[1:], DataProgram)
     _job()
 
 

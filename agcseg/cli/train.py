@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from agcseg.cli import CONFIGS, fail, to_object
+from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
 from agcseg.run import run
@@ -65,6 +65,7 @@ def _job(cfg) -> float | None:
 
 
 def main() -> None:
+    check_keys("agcseg-train", sys.argv[1:], Config)
     try:
         _job()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_data import write_cityscapes
 
 
@@ -66,6 +67,24 @@ def test_mistakes(command, tmp_path, arguments, code, message):
     assert done.returncode == code and message in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_out_of_memory_says_what_to_do(monkeypatch, tmp_path, capsys, sweep):
+    from agcseg.cli import train
+
+    def run(config, folder):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "_failed", [])
+    monkeypatch.setattr("sys.argv", ["agcseg-train", *(["-m"] if sweep else []), "data=streets"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == (1 if sweep else 2)
+    expected = "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); try a smaller minibatch"
+    assert expected in capsys.readouterr().err
 
 
 def test_data_program(command, tmp_path):

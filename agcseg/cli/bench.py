@@ -116,10 +116,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.data:
         for minibatch in arguments.minibatch:
             speed = delivery(arguments.size, minibatch, str(device))
-            slowest = max(row["images_per_second"] for row in rows if row["minibatch"] == minibatch)
+            fastest = max(row["images_per_second"] for row in rows if row["minibatch"] == minibatch)
             notes.append(
                 f"cache and minibatches of {minibatch} deliver {speed:.0f} images/s with no network: "
-                f"{slowest / speed:.2%} of the time of the fastest step above"
+                f"{fastest / speed:.2%} of the time of the fastest step above"
             )
     print("\n".join(notes))
     out = arguments.out

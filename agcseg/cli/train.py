@@ -14,16 +14,13 @@ from hydra.types import RunMode
 from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
-from agcseg.run import run
+from agcseg.run import FREE, run
 
 log = logging.getLogger("agcseg")
 ConfigStore.instance().store(name="schema", node=Config)
 
-# Overrides that do not tell two runs apart, or stand in the run's name anyway.
-NAMED = {
-    "name", "run", "experiment", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed", "epochs",
-    "device", "resume", "images", "data.root", "data.cache_dir",
-}  # fmt: skip
+# Overrides that stand in the run's name anyway, or do not tell two runs apart.
+NAMED = {"experiment", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed"} | FREE
 
 _failed: list[str] = []
 
@@ -46,8 +43,8 @@ def _job(cfg) -> float | None:
         config = to_object(cfg)
         folder = Path("outputs") / config.name / (config.run or run_name(config, list(hydra_config.overrides.task)))
         return run(config, folder).get("pixel_error")
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
+    except torch.OutOfMemoryError as full:
+        first = str(full).splitlines()[0]
         error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
     except UserError as user_error:
         error = user_error

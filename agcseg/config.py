@@ -88,6 +88,7 @@ class Config:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    sync_bn: bool = False
     resume: bool = True
     images: int = 4
 

@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from agcseg.errors import UserError
 from agcseg.nn import AGC2d
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+LEVELS = ["lambda_min", *(f"lambda_q{round(100 * q):02d}" for q in QUANTILES[1:-1]), "lambda_max"]
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -32,13 +33,29 @@ def write_json(path: Path, content: dict) -> None:
     write(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_metrics(folder: Path, rows: list[dict]) -> None:
-    """metrics.csv: one row per epoch. Written whole each time, from the rows that the checkpoint holds."""
+def write_csv(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(folder / "metrics.csv", text.getvalue())
+    write(path, text.getvalue())
+
+
+def write_tables(folder: Path, rows: list[dict], layers: list[dict], losses: Tensor) -> None:
+    """What happened so far, for programs that read no checkpoint; whole each time, from what the checkpoint holds.
+
+    Args:
+        rows: of metrics.csv, one per epoch.
+        layers: of layers.csv, see `layer_rows`; epoch 0 is the untrained network.
+        losses: for steps.npy, (epochs, steps, parts) float32: the loss of every training step, of the classes and,
+            where the network finds contours, of the contour.
+    """
+    write_csv(folder / "metrics.csv", rows)
+    if layers:
+        write_csv(folder / "layers.csv", layers)
+    steps = io.BytesIO()
+    np.save(steps, losses.numpy())
+    write(folder / "steps.npy", steps.getvalue())
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -63,21 +80,36 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def layer_figures(network: nn.Module) -> dict[str, float]:
-    """λ and γ of every normalised layer: mean of γ; mean and quantiles of λ over the layer's filters."""
-    figures = {}
+def layer_rows(network: nn.Module, epoch: int) -> list[dict]:
+    """Where γ and λ of every normalised layer stand, from the image's side to the classes'.
+
+    Returns:
+        for each layer its name and role (encoder, lateral, decoder, head), its number of filters, the mean of γ, and of
+        λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3). None
+        for what a norm does not have.
+    """
+    rows = []
     for name, module in network.named_modules():
-        layer = name.removesuffix(".norm")
-        weight = getattr(module, "weight", None)
-        if name.endswith("norm") and isinstance(weight, Tensor):
-            figures[f"gamma_mean/{layer}"] = weight.detach().mean().item()
-        if isinstance(module, AGC2d):
-            mean_scale = module.mean_scale.detach().float()
-            figures[f"lambda_mean/{layer}"] = mean_scale.mean().item()
-            at = torch.tensor(QUANTILES, device=mean_scale.device)
-            for q, value in zip(QUANTILES, mean_scale.quantile(at).tolist(), strict=True):
-                figures[f"lambda_q{round(100 * q):02d}/{layer}"] = value
-    return figures
+        if not name.endswith("norm") or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        layer = name.removesuffix(".norm").removesuffix("_norm")
+        gamma = module.weight.detach().float().cpu()
+        scale = module.mean_scale.detach().float().cpu() if isinstance(module, AGC2d) else None
+        levels = [None] * len(QUANTILES) if scale is None else scale.quantile(torch.tensor(QUANTILES)).tolist()
+        inside = None if scale is None else ((scale >= 0) & (scale <= 2)).float().mean().item()
+        rows.append(
+            {
+                "epoch": epoch,
+                "layer": layer,
+                "role": layer.partition(".")[0],
+                "num_features": len(gamma),
+                "gamma_mean": gamma.mean().item(),
+                "lambda_mean": None if scale is None else scale.mean().item(),
+                **dict(zip(LEVELS, levels, strict=True)),
+                "lambda_inside": inside,
+            }
+        )
+    return sorted(rows, key=lambda row: [row["layer"].startswith(part) for part in network.order].index(True))
 
 
 class TensorBoard:
@@ -91,11 +123,15 @@ class TensorBoard:
         self.epochs = SummaryWriter(str(folder), purge_step=epoch + 1 if resumed else None)
         self.samples = SummaryWriter(str(folder / "samples"), purge_step=samples + 1 if resumed else None)
 
-    def log(self, row: dict, figures: dict[str, float], picture: np.ndarray | None) -> None:
+    def log(self, row: dict, layers: list[dict], picture: np.ndarray | None) -> None:
+        """Add an epoch: its row of metrics.csv, its rows of layers.csv, and the picture where there is one."""
         scalars = {f"{'iou' if key.startswith('iou/') else 'run'}/{key.removeprefix('iou/')}": row[key] for key in row}
         for key in ("train_loss", "val_loss", "pixel_error", "pixel_error_all", "miou"):
             scalars[f"curves/{key}"] = scalars.pop(f"run/{key}")
-        for tag, value in {**scalars, **figures}.items():
+        about = ("epoch", "layer", "role", "num_features")
+        for layer in layers:
+            scalars |= {f"{key}/{layer['layer']}": layer[key] for key in layer.keys() - about if layer[key] is not None}
+        for tag, value in scalars.items():
             self.epochs.add_scalar(tag, value, row["epoch"])
             if tag.startswith("curves/"):
                 self.samples.add_scalar(f"curves_by_samples/{tag.removeprefix('curves/')}", value, row["samples"])

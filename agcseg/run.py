@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agcseg import class_weights, metrics
+from agcseg import class_weights, metrics, parallel
 from agcseg.config import Config, check, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
@@ -25,14 +26,15 @@ from agcseg.machine import device_name, find_device, peak_memory, reset_peak_mem
 from agcseg.networks import NETWORKS, build
 from agcseg.record import (
     TensorBoard,
-    layer_figures,
+    layer_rows,
     load_checkpoint,
     picture,
     save_checkpoint,
     write,
+    write_csv,
     write_json,
-    write_metrics,
     write_picture,
+    write_tables,
 )
 
 log = logging.getLogger("agcseg")
@@ -47,8 +49,12 @@ FREE = {
 def run(config: Config, folder: Path) -> dict:
     """Train one network; continue or skip if `folder` holds the run already.
 
-    The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), TensorBoard events,
-    predictions.png, last.pt (after every epoch; all that a continuation needs) and, at the end, result.json.
+    The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), layers.csv (γ and λ of
+    every layer), steps.npy (the loss of every step), images.csv (the last validation, image by image), TensorBoard
+    events, predictions.png, last.pt (after every epoch; all that a continuation needs) and, at the end, result.json.
+
+    Started by torchrun, the processes train one network together: `config.minibatch` images per step are shared out
+    among them, and so are the validation images, none of them twice. Process 0 writes the folder.
 
     Args:
         config: see `agcseg.config`; it is checked first.
@@ -61,11 +67,18 @@ def run(config: Config, folder: Path) -> dict:
         UserError: configuration or data cannot be used, the folder holds another run, or another process trains it.
     """
     check(config)
-    folder = folder if config.resume else _free_folder(folder)
-    result = _finished(config, folder)
+    device = find_device(parallel.join(config.device))
+    first, processes = parallel.rank() == 0, parallel.world()
+    if not first:
+        log.setLevel(logging.WARNING)
+    if config.minibatch % (processes * config.accumulate):
+        raise UserError(
+            f"minibatch={config.minibatch} cannot be shared by {processes} processes in {config.accumulate} parts each"
+        )
+    folder = folder if config.resume else parallel.from_first(_free_folder(folder))
+    result = parallel.from_first(_finished(config, folder) if first else None)
     if result:
         return result
-    device = find_device(config.device)
     data = config.data
     root = data.root
     if root is None:
@@ -79,6 +92,12 @@ def run(config: Config, folder: Path) -> dict:
     )
     if config.minibatch > len(train):
         raise UserError(f"minibatch={config.minibatch}: there are {len(train)} training images")
+    if processes > len(val):
+        raise UserError(f"{processes} processes cannot share {len(val)} validation images; start fewer")
+    arguments = config, folder, device, layout, train, val, cached["train"].folder
+    if not first:
+        parallel.wait()  # until process 0 has the lock
+        return _train(*arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -90,7 +109,8 @@ def run(config: Config, folder: Path) -> dict:
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(log_file)
     try:
-        return _train(config, folder, device, layout, train, val, cached["train"].folder)
+        parallel.wait()
+        return _train(*arguments)
     finally:
         log.removeHandler(log_file)
         log_file.close()
@@ -103,6 +123,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(config.deterministic)
+    share, first = (parallel.rank(), parallel.world()), parallel.rank() == 0
 
     pixels = histogram(train, num_classes)
     weighting = class_weights.describe(classes.names, pixels, config.class_weights)
@@ -122,11 +143,17 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     ).to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
+    if config.sync_bn and parallel.world() > 1:
+        if device.type == "cpu":
+            raise UserError("sync_bn=true: torch synchronises batch normalisation on GPUs only")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     learning_rate = rate(config)
     groups = _parameter_groups(network, config.weight_decay)
     optimizer = torch.optim.SGD(groups, learning_rate, config.momentum, fused=True)
 
-    epoch, samples, seconds, rows = 0, 0, 0.0, []
+    steps, parts = len(train) // config.minibatch, 1 + network.contour  # parts of the loss: classes, contour
+    epoch, samples, seconds, rows, layers = 0, 0, 0.0, [], layer_rows(network, 0)
+    history = torch.empty(0, steps, parts)  # of `losses`, epoch by epoch
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt")
         _check_same_run(saved, settings, pixels, folder)
@@ -134,13 +161,17 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
+        layers = saved.get("layers", [])  # a run may be older than these
+        history = saved.get("losses", torch.full((epoch, steps, parts), torch.nan))
         seconds = rows[-1]["seconds"]
-        write_metrics(folder, rows)
-        (folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
-    write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
-    beside_cache = f"{cache_folder.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
-    for path in (folder / "class_weights.json", cache_folder.with_name(beside_cache)):
-        write_json(path, weighting)
+        if first:
+            write_tables(folder, rows, layers, history)
+            (folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
+    if first:
+        write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
+        beside_cache = f"{cache_folder.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
+        for path in (folder / "class_weights.json", cache_folder.with_name(beside_cache)):
+            write_json(path, weighting)
 
     log.info(
         f"{folder}\n  {config.network.name}, width {config.network.width:g}, norm {config.norm.name}, init "
@@ -152,13 +183,21 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         f"epochs {epoch + 1} to {config.epochs}"
     )
     log.info(f"  class weights ({weighting['formula']}): " + _weights_line(weighting))
+    if parallel.world() > 1:
+        log.info(f"  {_sharing(config)}")
 
     model = torch.compile(network) if config.compile else network
-    board = TensorBoard(folder, epoch, samples)
-    steps = len(train) // config.minibatch
-    bar = tqdm(total=config.epochs * steps, initial=epoch * steps, unit="step", disable=not sys.stderr.isatty())
+    trained = model
+    if parallel.world() > 1:
+        idle_head = network.contour and config.contour.loss == "class_iou"  # of the contour: it gets no gradient
+        trained = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=idle_head
+        )
+    board = TensorBoard(folder, epoch, samples) if first else None
+    hidden = not first or not sys.stderr.isatty()
+    bar = tqdm(total=config.epochs * steps, initial=epoch * steps, unit="step", disable=hidden)
     state, reason = "finished", ""
-    losses = torch.empty(steps, 1 + network.contour, device=device)  # the class loss, and that of the contour
+    losses = torch.empty(steps, parts, device=device)
     reset_peak_memory(device)
     try:
         while epoch < config.epochs:
@@ -166,10 +205,12 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             start = time.perf_counter()
             network.train()
             gradient_norm, checked, bad = torch.zeros((), device=device), 0, None
-            shuffled = minibatches(train, config.minibatch, device, shuffle=(config.seed, epoch), flip=config.data.flip)
+            order = (config.seed, epoch)
+            shuffled = minibatches(train, config.minibatch, device, order, config.data.flip, share)
             for step, (images, labels, *contours) in enumerate(shuffled):
                 optimizer.zero_grad()
-                losses[step] = backward(model, images, labels, weights, config, *contours)
+                losses[step] = backward(trained, images, labels, weights, config, *contours)
+                parallel.add(losses[step]).div_(parallel.world())
                 gradients = [p.grad for p in network.parameters() if p.grad is not None]
                 gradient_norm += torch.nn.utils.get_total_norm(gradients)
                 optimizer.step()
@@ -188,7 +229,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             train_seconds = time.perf_counter() - start
             samples += steps * config.minibatch
             network.eval()
-            figures, shown, shown_contours = evaluate(model, val, weights, num_classes, config, device)
+            parallel.share_buffers(network)
+            figures, by_image, shown, shown_contours = evaluate(model, val, weights, num_classes, config, device)
             seconds += time.perf_counter() - start
             iou = figures.pop("iou")
             rows.append(
@@ -205,8 +247,12 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     **{f"iou/{name}": value for name, value in zip(classes.names, iou, strict=True)},
                 }
             )
+            layers += layer_rows(network, epoch)
+            history = torch.cat([history, losses.float().cpu().unsqueeze(0)])
+            if not first:
+                continue
             painted = None
-            if len(shown) and (epoch == config.epochs or epoch.bit_count() == 1):  # epochs 1, 2, 4, 8, ... and the last
+            if shown is not None and (epoch == config.epochs or epoch.bit_count() == 1):  # 1, 2, 4, 8, ... and last
                 chosen = torch.from_numpy(val.indices[_shown(val, config.images)])
                 painted = picture(val.images[chosen], shown, val.labels[chosen], classes.palette(), shown_contours)
                 write_picture(folder / "predictions.png", painted)
@@ -219,24 +265,32 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(),
                     "rows": rows,
+                    "layers": layers,
+                    "losses": history,
                     "config": settings,
                     "classes": list(classes.names),
                     "histogram": pixels,
                     "normalisation": {"mean": list(MEAN), "std": list(STD)},
                 },
             )
-            write_metrics(folder, rows)
-            board.log(rows[-1], layer_figures(network), painted)
+            write_tables(folder, rows, layers, history)
+            write_csv(folder / "images.csv", by_image)
+            board.log(rows[-1], [row for row in layers if row["epoch"] == epoch], painted)
             bar.set_postfix(_postfix(epoch, rows[-1]["train_loss"], rows))
             (log.debug if not bar.disable else log.info)(_epoch_line(rows[-1], config.epochs))
         last = {key: value for key, value in (rows[-1] if rows else {}).items() if not key.startswith("iou/")}
         result = {"state": state, "reason": reason, "epochs": len(rows), **last, "commonest_class_error": constant}
-        board.end(_hparams(config), {key: last[key] for key in ("pixel_error", "miou", "val_loss") if key in last})
+        result |= {"device": device_name(device), "processes": parallel.world(), "torch": torch.__version__}
+        if first:
+            board.end(_hparams(config), {key: last[key] for key in ("pixel_error", "miou", "val_loss") if key in last})
     finally:
         bar.close()
-        board.close()
+        if first:
+            board.close()
         torch.use_deterministic_algorithms(False)
-    write_json(folder / "result.json", result)
+    if first:
+        write_json(folder / "result.json", result)
+    parallel.wait()
     log.info(_result_line(folder, result))
     return result
 
@@ -247,49 +301,64 @@ def backward(
     """Add the gradient of a minibatch's mean loss to the parameters' `.grad`, in `config.accumulate` parts.
 
     Summed over images and divided by the whole minibatch, so that the split changes nothing (batch normalisation's
-    statistics apart).
+    statistics apart). With several processes `images` are this one's share; `model`, a DistributedDataParallel,
+    averages the gradients.
 
     Returns:
         the mean losses that were added, detached: (1,), that of the classes, or (2,), and that of the contour.
     """
-    total = 0
-    for part in zip(*(t.chunk(config.accumulate) for t in (images, labels, contours) if t is not None), strict=True):
-        some, truth, *borders = part
-        losses = _losses(_logits(model, some, config), truth, weights, config, *borders)
-        losses = losses.sum(1) / len(images)
-        losses.sum().backward()
+    chunks = [t.chunk(config.accumulate) for t in (images, labels, contours) if t is not None]
+    total, left = 0, config.accumulate
+    for some, truth, *borders in zip(*chunks, strict=True):
+        left -= 1
+        with model.no_sync() if left and parallel.world() > 1 else nullcontext():
+            losses = _losses(_logits(model, some, config), truth, weights, config, *borders)
+            losses = losses.sum(1) / len(images)
+            losses.sum().backward()
         total += losses.detach()
     return total
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, val: Split, weights, num_classes: int, config: Config, device):
-    """Validation losses and the figures of `agcseg.metrics`; predictions of the images that are shown; and of those,
-    where the network finds contours, the contour's probabilities, else None."""
-    losses, wrong, valid, shown, position = [], [], [], [], 0
-    compared, shown_contours = [], []
+    """Validation losses and the figures of `agcseg.metrics`; the same image by image; predictions of the images that
+    are shown; and of those, where the network finds contours, the contour's probabilities, else None.
+
+    Several processes take every so-manyth image each, none of them twice, and put the answers together."""
+    first, step = parallel.rank(), parallel.world()
+    mine, wanted = range(first, len(val), step), set(_shown(val, config.images))
+    measured, shown, shown_contours, done = [], [], [], 0
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    wanted = set(_shown(val, config.images))
-    for images, labels, *contours in minibatches(val, config.minibatch, device):
+    for images, labels, *contours in minibatches(val, config.minibatch // step, device, share=(first, step)):
         outputs = _logits(model, images, config)
-        losses.append(_losses(outputs, labels, weights, config, *contours))
         logits, contour = (outputs.classes, outputs.contour) if contours else (outputs, None)
         prediction = logits.argmax(1)
-        counts = metrics.count(prediction, labels, num_classes)
-        wrong.append(counts[0])
-        valid.append(counts[1])
-        confusion += counts[2]
-        shown += [row for i, row in enumerate(prediction, position) if i in wanted]
+        wrong, labelled, pairs = metrics.count(prediction, labels, num_classes)
+        confusion += pairs
+        columns = [wrong, labelled, *_losses(outputs, labels, weights, config, *contours)]
         if contours:
-            compared.append(metrics.count_contours(contour, *contours, labels, config.contour.band))
-            shown_contours += [row for i, row in enumerate(contour.sigmoid()[:, 0], position) if i in wanted]
-        position += len(images)
-    figures = _loss_figures("val", torch.cat(losses, 1).T.double())
-    figures |= metrics.summarise(torch.cat(wrong), torch.cat(valid), confusion)
-    if compared:
-        figures |= metrics.summarise_contours(*map(torch.cat, zip(*compared, strict=True)))
-    shown = torch.stack(shown) if shown else torch.empty(0)
-    return figures, shown, torch.stack(shown_contours) if shown_contours else None
+            iou, counts = metrics.count_contours(contour, *contours, labels, config.contour.band)
+            columns += [iou, *counts.T]
+        measured.append(torch.stack([column.double() for column in columns], 1))
+        for i, position in enumerate(mine[done : done + len(images)]):
+            shown.append(prediction[i].byte().cpu() if position in wanted else None)
+            if contours:
+                shown_contours.append(contour[i, 0].sigmoid().cpu() if position in wanted else None)
+        done += len(images)
+    # Counts are exact in float64 too.
+    table = torch.tensor(parallel.gather(torch.cat(measured).tolist()), dtype=torch.float64)
+    shown, shown_contours = ([s for s in parallel.gather(some) if s is not None] for some in (shown, shown_contours))
+    wrong, labelled = table[:, 0], table[:, 1]
+    losses = table[:, 2:4] if contours else table[:, 2:3]
+    figures = _loss_figures("val", losses) | metrics.summarise(wrong, labelled, parallel.add(confusion).cpu())
+    if contours:
+        figures |= metrics.summarise_contours(table[:, 4], table[:, 5:])
+    rows = zip(val.names, wrong.tolist(), labelled.tolist(), losses.sum(1).tolist(), strict=True)
+    by_image = [
+        {"image": name, "wrong_pixels": int(w), "labelled_pixels": int(n), "loss": loss} for name, w, n, loss in rows
+    ]
+    stacks = (torch.stack(some) if some else None for some in (shown, shown_contours))
+    return figures, by_image, *stacks
 
 
 def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None) -> Tensor:
@@ -421,6 +490,14 @@ def _duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def _sharing(config: Config) -> str:
+    each, processes = config.minibatch // parallel.world(), parallel.world()
+    line = f"{processes} processes: each minibatch of {config.minibatch} is {processes} x {each} images"
+    if config.norm.name != "bn":
+        return line
+    return line + f"; batch statistics over {'all of them' if config.sync_bn else f'the {each} of each process'}"
 
 
 def _weights_line(weighting: dict) -> str:

@@ -170,13 +170,15 @@ def test_a_run(tiny, tmp_path):
     assert result["val_contour_loss"] == pytest.approx(1 - result["contour_iou"])  # every image here has a contour
     with Image.open(tmp_path / "run/predictions.png") as picture:
         assert picture.size == (5 * 130, 4 * 130)
-    from agcseg.record import layer_figures
+    from agcseg.record import layer_rows
 
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["network"]
     network = agcseg.build("classnet", width=0.05)
     network.load_state_dict(saved)
-    layers = {key.partition("/")[2] for key in layer_figures(network)}
-    assert {"encoder.0.units.0", "encoder.7.final", "lateral.7", "decoder.0.final"} <= layers and len(layers) == 54
+    layers = [row["layer"] for row in layer_rows(network, 2)]
+    assert len(layers) == 54 and (layers[0], layers[-1]) == ("encoder.0.units.0", "decoder.0.final")
+    assert layers.index("encoder.7.final") < layers.index("lateral.0") < layers.index("decoder.6.final")
+    assert {row["role"] for row in layer_rows(network, 2)} == {"encoder", "lateral", "decoder"}
 
     run(config(epochs=1), tmp_path / "continued")
     run(config(epochs=2), tmp_path / "continued")

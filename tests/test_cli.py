@@ -31,9 +31,7 @@ def test_two_run_sweep_then_nothing_left_then_report(command, small, tmp_path):
     done = command("train", "-m", *small, "norm=bn,agc", "name=pair")
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name for path in (tmp_path / "outputs/pair").iterdir() if path.is_dir())
-    assert folders == [
-        f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")
-    ]
+    assert folders == [f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")]
     assert "Traceback" not in done.stdout + done.stderr
     again = command("train", "-m", *small, "norm=bn,agc", "name=pair")
     assert again.returncode == 0 and again.stdout.count("nothing left to do") == 2

@@ -132,9 +132,7 @@ def test_run_names_come_from_the_configuration():
     assert name == "segnet-agc-mb4-lr0.08-seed1"
     overrides = ["data.size=[64,128]", "norm=bn", "minibatch=8", "network.width=0.25"]
     overrides += ["device=cpu", "epochs=3", "compile=true"]  # may differ in a continuation
-    assert run_name(config(*overrides), overrides) == (
-        "segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25"
-    )
+    assert run_name(config(*overrides), overrides) == ("segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25")
     assert run_name(config(*overrides), overrides[::-1]) == run_name(config(*overrides), overrides)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,8 +20,8 @@ from agcseg.run import run
 replace = dataclasses.replace
 
 
-def rows(folder):
-    with open(folder / "metrics.csv") as file:
+def rows(folder, name="metrics.csv"):
+    with open(folder / name) as file:
         return list(csv.DictReader(file))
 
 
@@ -49,6 +50,22 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     assert float(table[-1]["rate"]) == pytest.approx(0.04)
     assert 0 < float(table[-1]["pixel_error"]) < 1 and 0 < result["commonest_class_error"] < 1
     assert {"train_loss", "val_loss", "miou", "gradient_norm", "iou/road", "peak_memory_mib"} <= table[0].keys()
+    steps = np.load(folder / "steps.npy")
+    assert steps.shape == (3, 4, 1) and steps.dtype == np.float32
+    assert steps.mean((1, 2)) == pytest.approx([float(row["train_loss"]) for row in table])
+    layers = rows(folder, "layers.csv")
+    assert len(layers) == 4 * 25 and {row["role"] for row in layers} == {"encoder", "decoder"}
+    assert all(row["lambda_mean"] == row["gamma_mean"] == "1.0" for row in layers[:25])
+    for row in layers[25:]:
+        ordered = [float(row[key]) for key in ("lambda_min", "lambda_q05", "lambda_q50", "lambda_q95", "lambda_max")]
+        assert ordered == sorted(ordered) and 0 <= float(row["lambda_inside"]) <= 1
+    images = rows(folder, "images.csv")
+    shares = [int(row["wrong_pixels"]) / int(row["labelled_pixels"]) for row in images]
+    assert np.mean(shares) == pytest.approx(float(table[-1]["pixel_error"])) and len(images) == len(
+        set(map(str, images))
+    )
+    assert np.mean([float(row["loss"]) for row in images]) == pytest.approx(float(table[-1]["val_loss"]))
+    assert result["processes"] == 1 and result["device"]
     assert "minibatch: 2" in (folder / "config.yaml").read_text()
     assert json.loads((folder / "class_weights.json").read_text())["mean"] == pytest.approx(1)
     assert list((tmp_path / "cache").glob("streets-train-*-enet-8-choice0.json"))
@@ -67,7 +84,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("norm", ["agc", "bn"])
-@pytest.mark.parametrize("after", ["_logits", "write_metrics", "save_checkpoint"])
+@pytest.mark.parametrize("after", ["_logits", "write_tables", "save_checkpoint"])
 def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeypatch, norm, after):
     """Kill the run in the middle of its third epoch, or on either side of writing its checkpoint."""
     config = tiny(norm, epochs=4, minibatch=2)
@@ -90,11 +107,13 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
     straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
     assert straight.keys() == broken.keys() and all(torch.equal(straight[key], broken[key]) for key in straight)
     assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
+    for name in ("steps.npy", "layers.csv", "images.csv"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     for part, tag in (("", "curves/val_loss"), ("samples", "curves_by_samples/val_loss")):
         folders = (tmp_path / "straight" / part, tmp_path / "broken" / part)
         straight, broken = (scalars(folder, tag) for folder in folders)
         assert set(broken) <= set(straight) and len(broken) == len(set(broken))
-        assert len(broken) >= len(straight) - (after == "write_metrics")
+        assert len(broken) >= len(straight) - (after == "write_tables")
 
 
 def test_same_seed_same_run_other_seed_other_run(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """agcseg-train: one run, or with -m a sweep."""
 
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from agcseg import parallel
 from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
@@ -63,8 +65,11 @@ def _job(cfg) -> float | None:
 
 def main() -> None:
     check_keys("agcseg-train", sys.argv[1:], Config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
+        fail("agcseg-train", UserError("torchrun shares out one run over devices; start a sweep, -m, without it"))
     try:
         _job()
+        parallel.leave()
     except KeyboardInterrupt:
         print("\nagcseg-train: interrupted; the same command goes on from the last epoch", file=sys.stderr)
         raise SystemExit(130) from None

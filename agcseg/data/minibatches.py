@@ -68,7 +68,12 @@ def histogram(split: Split, num_classes: int) -> list[int]:
 
 
 def minibatches(
-    split: Split, minibatch: int, device: torch.device, shuffle: tuple[int, int] | None = None, flip: bool = False
+    split: Split,
+    minibatch: int,
+    device: torch.device,
+    shuffle: tuple[int, int] | None = None,
+    flip: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield (images (N, 3, H, W) float32 normalised, labels (N, H, W) uint8) on the device.
 
@@ -80,21 +85,26 @@ def minibatches(
             left over at the end of an epoch, fewer than N, are dropped (others each time), so that every step has the
             rate that belongs to N. None for validation: in order, every image once, the last minibatch may be smaller.
         flip: mirror each image with probability 1/2.
+        share: (k, n): give the k-th, (k+n)-th, ... image of each minibatch only, for one of n processes. Without
+            shuffling, of all images.
     """
     order, flips = split.indices, None
     if shuffle is not None:
         generator = np.random.default_rng(shuffle)
         order = generator.permutation(order)[: len(order) // minibatch * minibatch]
         flips = generator.random(len(order)) < 0.5 if flip else None
+    first, processes = share
+    if shuffle is None:
+        order, first, processes = order[first::processes], 0, 1
     on_device = split.images.device == device
     parts = [part for part in (split.images, split.labels, split.contours) if part is not None]
     for start in range(0, len(order), minibatch):
-        chosen = torch.from_numpy(order[start : start + minibatch])
+        chosen = torch.from_numpy(order[start : start + minibatch][first::processes])
         images, *truth = (part[chosen] for part in parts)
         if not on_device:
             images, *truth = (part.pin_memory().to(device, non_blocking=True) for part in (images, *truth))
         if flips is not None:
-            mirrored = torch.from_numpy(flips[start : start + minibatch]).to(device)
+            mirrored = torch.from_numpy(flips[start : start + minibatch][first::processes]).to(device)
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
             truth = [torch.where(mirrored.view(-1, 1, 1), part.flip(-1), part) for part in truth]
         yield normalise(images), *truth

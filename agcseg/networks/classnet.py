@@ -65,6 +65,7 @@ class ClassNet(nn.Module):
 
     multiple = 128  # of which height and width must be multiples
     contour = True  # wants contours to train on
+    order = ("encoder.", "lateral.", *(f"decoder.{i}." for i in reversed(range(7))), "head")  # image to classes
 
     def __init__(
         self,
@@ -87,8 +88,7 @@ class ClassNet(nn.Module):
         inputs = [in_channels, *(channels + in_channels for channels in widths[:-1])]
         maps = num_classes + contour_width
         self.encoder = nn.ModuleList(
-            _Block(channels, out, ENCODER[final_projection], unit)
-            for channels, out in zip(inputs, widths, strict=True)
+            _Block(channels, out, ENCODER[final_projection], unit) for channels, out in zip(inputs, widths, strict=True)
         )
         self.lateral = nn.ModuleList(unit(channels, maps, 1) for channels in widths)
         self.decoder = nn.ModuleList(

@@ -34,6 +34,7 @@ class SegNet(nn.Module):
 
     multiple = 32  # of which height and width must be multiples
     contour = False  # wants no contours to train on
+    order = ("encoder.", "decoder.", "head")  # from the image to the classes
 
     def __init__(
         self,

@@ -273,8 +273,7 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
     else:
         dz.mul_(gain.view(-1, 1, 1))
     d_maps = [
-        backward(x, w, True, False)[0] if need else None
-        for x, w, need in zip(maps, slices, need_maps, strict=True)
+        backward(x, w, True, False)[0] if need else None for x, w, need in zip(maps, slices, need_maps, strict=True)
     ]
     return d_maps, d_filters
 

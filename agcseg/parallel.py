@@ -1,0 +1,93 @@
+"""One run over several devices: what the processes that torchrun starts must agree on. With one process, nothing."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from agcseg.errors import UserError
+
+
+def world() -> int:
+    """Number of processes that share this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process. Process 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join(name: str) -> str:
+    """Meet the other processes, if torchrun started this one.
+
+    Args:
+        name: what `device=` names. Processes with GPUs take one each, so that none of them can be named.
+
+    Returns:
+        the device of this process, for `agcseg.machine.find_device`.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or `name` is one GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return name
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name}: with torchrun each process takes a GPU of its own; use auto, cuda or cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        name = "cpu"
+    elif local >= torch.cuda.device_count():
+        raise UserError(f"torchrun: process {local + 1} has no GPU, there are {torch.cuda.device_count()}; start fewer")
+    else:
+        name = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+    return name
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def from_first(value):
+    """The value, any picklable one, that process 0 has."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(rows: list) -> list:
+    """What every process has for its `[rank::world]` of a list, put together in the order of that list."""
+    if world() == 1:
+        return rows
+    parts: list = [None] * world()
+    dist.all_gather_object(parts, rows)
+    whole = [None] * sum(map(len, parts))
+    for first, part in enumerate(parts):
+        whole[first :: world()] = part
+    return whole
+
+
+def add(value: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give every process the buffers of process 0: batch normalisation's running statistics differ between them."""
+    if world() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,157 @@
+"""One run over two processes, with gloo on the CPU, against the same run in one."""
+
+import csv
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch import nn
+
+import agcseg.cli.train
+import agcseg.run
+from agcseg import parallel
+from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig
+from agcseg.errors import UserError
+from agcseg.run import run
+
+
+@pytest.fixture(scope="module")
+def pair(streets, tmp_path_factory):
+    """What two processes answer to each of the questions in `_process`, and the folder they work in."""
+    folder = tmp_path_factory.mktemp("pair")
+    mp.spawn(_process, (folder, streets), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
+
+
+def _process(rank, folder, streets):
+    torch.set_num_threads(1)
+    logging.getLogger("agcseg").setLevel(logging.INFO)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    answers = {what: gradients(*what) for what in (("agc", 1), ("agc", 2), ("bn", 1))}
+    errors = []
+    for values in ({"minibatch": 3}, {"minibatch": 2, "accumulate": 2}, {"sync_bn": True}):
+        with pytest.raises(UserError) as error:
+            run(small(streets, folder, "segnet", "bn", **values), folder / "refused")
+        errors.append(str(error.value))
+    for network in ("segnet", "classnet"):
+        run(small(streets, folder, network), folder / network)
+    talks = logging.getLogger("agcseg").isEnabledFor(logging.INFO)
+    torch.save({"answers": answers, "errors": errors, "talks": talks}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def small(streets, folder, network, norm="agc", **values):
+    """A run of two epochs. Two processes cannot share its validation images evenly."""
+    size = [128, 128] if network == "classnet" else [32, 64]
+    data = DataConfig("streets", str(streets), str(folder / "cache"), size, None, 3)
+    network = NetworkConfig(network, width=0.05, init="he_centered")
+    values = {"minibatch": 4, "epochs": 2, "images": 2, "device": "cpu", **values}
+    return Config(network=network, norm=NormConfig(norm), data=data, **values)
+
+
+def gradients(norm, accumulate):
+    """Of a minibatch of four images, of which this process has its share; and the buffers in the end."""
+    torch.manual_seed(0)
+    network = agcseg.build("segnet", norm=norm, width=0.1, init="he_centered").double()
+    images, labels = torch.randn(4, 3, 32, 64).double(), torch.randint(0, 19, (4, 32, 64)).byte()
+    labels[0, :20] = 255
+    class_weights, config = torch.rand(19).double(), Config(minibatch=4, accumulate=accumulate)
+    model, (first, step) = network, (parallel.rank(), parallel.world())
+    if step > 1:
+        model = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    loss = agcseg.run.backward(model, images[first::step], labels[first::step], class_weights, config)
+    parallel.share_buffers(network)
+    return [parallel.add(loss) / step, *(p.grad for p in network.parameters())], list(network.buffers())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_give_the_gradient_of_one(pair, accumulate):
+    alone, _ = gradients("agc", accumulate)
+    first, second = (process["answers"]["agc", accumulate][0] for process in pair[0])
+    for a, b, c in zip(alone, first, second, strict=True):
+        assert (a - b).norm() <= 1e-10 * a.norm() and torch.equal(b, c)
+
+
+def test_batch_statistics_belong_to_each_process(pair):
+    """So that its result differs from that of one process; the running statistics become those of process 0."""
+    alone, _ = gradients("bn", 1)
+    (first, buffers), (second, same) = (process["answers"]["bn", 1] for process in pair[0])
+    assert max((a - b).norm() / a.norm() for a, b in zip(alone, first, strict=True)) > 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(buffers) == 3 * 25 and all(torch.equal(a, b) for a, b in zip(buffers, same, strict=True))
+
+
+def test_what_two_processes_cannot_share_is_refused_by_both(pair):
+    for process in pair[0]:
+        assert process["errors"] == [
+            "minibatch=3 cannot be shared by 2 processes in 1 parts each",
+            "minibatch=2 cannot be shared by 2 processes in 2 parts each",
+            "sync_bn=true: torch synchronises batch normalisation on GPUs only",
+        ]
+
+
+@pytest.mark.parametrize("network", ["segnet", "classnet"])
+def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, network):
+    """Also where the validation images do not divide by the processes: each counts once."""
+    run(small(streets, tmp_path, network), tmp_path / "one")
+    tables = []
+    for folder in (tmp_path / "one", pair[1] / network):
+        with open(folder / "images.csv") as file:
+            images = list(csv.DictReader(file))
+        assert (folder / "predictions.png").stat().st_size > 500
+        tables.append((np.load(folder / "steps.npy"), images, json.loads((folder / "result.json").read_text())))
+    (steps, images, result), (steps2, images2, result2) = tables
+    assert np.allclose(steps[0, 0], steps2[0, 0], rtol=1e-5) and np.allclose(steps, steps2, rtol=5e-3)
+    assert len(images) == 3
+    for a, b in zip(images, images2, strict=True):
+        assert (a["image"], a["labelled_pixels"]) == (b["image"], b["labelled_pixels"])
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
+    for key in ("pixel_error", "miou"):
+        assert result[key] == pytest.approx(result2[key], abs=0.01)
+    assert result2["processes"] == 2
+    assert "2 processes: each minibatch of 4 is 2 x 2 images" in (pair[1] / network / "run.log").read_text()
+    assert [process["talks"] for process in pair[0]] == [True, False]
+
+
+def test_torchrun_from_the_command_line_and_going_on_in_one_process(tmp_path, streets):
+    def start(launch, epochs):
+        command = [sys.executable, "-m", *launch, "agcseg.cli.train", "data=streets", f"data.root={streets}", "norm=bn"]
+        command += [f"data.cache_dir={tmp_path}/cache", "data.size=[32,64]", "network.width=0.05", "device=cpu"]
+        command += [f"epochs={epochs}", "run=run"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+
+    done = start(["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], 1)
+    assert done.returncode == 0, done.stderr
+    assert "batch statistics over the 2 of each process" in done.stdout
+    assert done.stdout.count("finished after 1 epochs") == 1
+    assert start([], 2).returncode == 0
+    assert json.loads((tmp_path / "outputs/streets/run/result.json").read_text())["epochs"] == 2
+
+
+def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", "seed=1,2"])
+    with pytest.raises(SystemExit) as end:
+        agcseg.cli.train.main()
+    assert end.value.code == 2 and "torchrun shares out one run over devices" in capsys.readouterr().err
+
+
+def test_a_process_names_no_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="each process takes a GPU of its own"):
+        parallel.join("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 has no GPU, there are 1"):
+        parallel.join("auto")
+
+
+def test_gather_keeps_the_order():
+    assert parallel.gather([1, 2, 3]) == [1, 2, 3] and parallel.world() == 1 and parallel.rank() == 0

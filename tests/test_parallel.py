@@ -16,7 +16,7 @@ from torch import nn
 import agcseg.cli.train
 import agcseg.run
 from agcseg import parallel
-from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig
+from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.run import run
 
@@ -47,11 +47,11 @@ def _process(rank, folder, streets):
 
 
 def small(streets, folder, network, norm="agc", **values):
-    """A run of two epochs. Two processes cannot share its validation images evenly."""
+    """A run of two epochs, at a rate so low that rounding stays rounding. Its validation images are an odd number."""
     size = [128, 128] if network == "classnet" else [32, 64]
     data = DataConfig("streets", str(streets), str(folder / "cache"), size, None, 3)
     network = NetworkConfig(network, width=0.05, init="he_centered")
-    values = {"minibatch": 4, "epochs": 2, "images": 2, "device": "cpu", **values}
+    values = {"lr": RateConfig(value=1e-3), "minibatch": 4, "epochs": 2, "images": 2, "device": "cpu", **values}
     return Config(network=network, norm=NormConfig(norm), data=data, **values)
 
 
@@ -107,11 +107,11 @@ def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, net
         assert (folder / "predictions.png").stat().st_size > 500
         tables.append((np.load(folder / "steps.npy"), images, json.loads((folder / "result.json").read_text())))
     (steps, images, result), (steps2, images2, result2) = tables
-    assert np.allclose(steps[0, 0], steps2[0, 0], rtol=1e-5) and np.allclose(steps, steps2, rtol=5e-3)
+    assert steps.shape == steps2.shape and np.allclose(steps, steps2, rtol=1e-5)
     assert len(images) == 3
     for a, b in zip(images, images2, strict=True):
         assert (a["image"], a["labelled_pixels"]) == (b["image"], b["labelled_pixels"])
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     for key in ("pixel_error", "miou"):
         assert result[key] == pytest.approx(result2[key], abs=0.01)
     assert result2["processes"] == 2

@@ -57,3 +57,13 @@ PAPER_ERRORS = {
     Setting("classnet", "agc", 4, 0.08): 0.0534,
     Setting("classnet", "bn", 4, 0.08): 0.0553,
 }
+
+
+def panels_of(network: str, norm: str, minibatch: int, rate: float) -> list[Panel]:
+    """The panels that show a run with these settings."""
+    return [
+        panel
+        for panel in PANELS
+        for run in panel.runs
+        if run[:3] == (network, norm, minibatch) and abs(run.rate - rate) <= 1e-6 * rate
+    ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from agcseg.errors import UserError
+from agcseg.figure1 import PANELS, Panel
 from agcseg.nn import AGC2d
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -116,18 +117,24 @@ class TensorBoard:
     """Event files of a run. The curves stand twice: against the epoch, and against the samples seen.
 
     The second axis has a folder of its own because a resume purges points by step, and the two count differently.
+    A run that Figure 1 shows also has its curve under figure1/, so that each panel overlays its runs and no others.
     """
 
-    def __init__(self, folder: Path, epoch: int, samples: int) -> None:
+    def __init__(self, folder: Path, epoch: int, samples: int, panels: list[Panel]) -> None:
         resumed = epoch > 0
         self.epochs = SummaryWriter(str(folder), purge_step=epoch + 1 if resumed else None)
         self.samples = SummaryWriter(str(folder / "samples"), purge_step=samples + 1 if resumed else None)
+        self.panels = panels
+        if panels:
+            charts = {f"({panel.letter}) {panel.caption}": ["Multiline", [_tag(panel)]] for panel in PANELS}
+            self.epochs.add_custom_scalars({"Figure 1": charts})
 
     def log(self, row: dict, layers: list[dict], picture: np.ndarray | None) -> None:
         """Add an epoch: its row of metrics.csv, its rows of layers.csv, and the picture where there is one."""
         scalars = {f"{'iou' if key.startswith('iou/') else 'run'}/{key.removeprefix('iou/')}": row[key] for key in row}
         for key in ("train_loss", "val_loss", "pixel_error", "pixel_error_all", "miou"):
             scalars[f"curves/{key}"] = scalars.pop(f"run/{key}")
+        scalars |= {_tag(panel): row[panel.metric] for panel in self.panels}
         about = ("epoch", "layer", "role", "num_features")
         for layer in layers:
             scalars |= {f"{key}/{layer['layer']}": layer[key] for key in layer.keys() - about if layer[key] is not None}
@@ -147,6 +154,10 @@ class TensorBoard:
     def close(self) -> None:
         self.epochs.close()
         self.samples.close()
+
+
+def _tag(panel: Panel) -> str:
+    return f"figure1/{panel.letter}"
 
 
 def picture(

@@ -21,6 +21,7 @@ from agcseg.config import Config, check, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
+from agcseg.figure1 import panels_of
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
@@ -193,7 +194,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         trained = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=idle_head
         )
-    board = TensorBoard(folder, epoch, samples) if first else None
+    panels = panels_of(config.network.name, config.norm.name, config.minibatch, learning_rate)
+    board = TensorBoard(folder, epoch, samples, panels) if first else None
     hidden = not first or not sys.stderr.isatty()
     bar = tqdm(total=config.epochs * steps, initial=epoch * steps, unit="step", disable=hidden)
     state, reason = "finished", ""

@@ -1,37 +1,39 @@
-"""The table of the paper's experiment."""
+"""The twelve runs and eight panels, and the sweep that runs them."""
 
-from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS, Setting
+import sys
 
+import pytest
 
-def test_twelve_runs():
-    assert [run.name for run in RUNS] == [
-        "segnet-bn-mb1-lr0.02",
-        "segnet-bn-mb4-lr0.08",
-        "segnet-bn-mb8-lr0.16",
-        "segnet-bn-mb8-lr0.08",
-        "segnet-agc-mb1-lr0.02",
-        "segnet-agc-mb4-lr0.08",
-        "segnet-agc-mb8-lr0.16",
-        "segnet-agc-mb8-lr0.08",
-        "segnet-agc-mb8-lr0.32",
-        "segnet-agc-mb8-lr0.64",
-        "classnet-bn-mb4-lr0.08",
-        "classnet-agc-mb4-lr0.08",
-    ]
+import agcseg.cli.train
+from agcseg.config import rate
+from agcseg.figure1 import PANELS, RUNS, Setting, panels_of
 
 
-def test_eight_panels_show_every_run_as_their_captions_say():
-    assert "".join(panel.letter for panel in PANELS) == "abcdefgh"
-    assert {run for panel in PANELS for run in panel.runs} == {*RUNS}
+def test_twelve_runs_each_in_a_panel_and_every_panel_of_them():
+    assert len(RUNS) == len(set(RUNS)) == 12 and [panel.letter for panel in PANELS] == [*"abcdefgh"]
+    assert {run for panel in PANELS for run in panel.runs} == set(RUNS)
     assert [len(panel.runs) for panel in PANELS] == [3, 3, 2, 2, 2, 2, 2, 4]
-    for panel in PANELS:
-        assert ("loss" in panel.caption) == (panel.metric == "val_loss")
-        assert all(run.network in panel.caption.lower() for run in panel.runs)
-        assert {run.norm for run in panel.runs} == {n for n in ("bn", "agc") if n.upper() in panel.caption}
-        for run in panel.runs:
-            assert f"{run.rate:g}" in panel.caption and str(run.minibatch) in panel.caption
 
 
-def test_the_papers_errors():
-    assert {*PAPER_ERRORS} <= {*RUNS}
-    assert PAPER_ERRORS[Setting("classnet", "agc", 4, 0.08)] == 0.0534
+def test_panels_of_a_run():
+    assert [panel.letter for panel in panels_of("segnet", "agc", 8, 0.02 * 8)] == ["b", "h"]
+    assert [panel.letter for panel in panels_of("classnet", "bn", 4, 0.08)] == ["d", "f"]
+    assert panels_of("segnet", "agc", 8, 0.1601) == panels_of("segnet", "group", 8, 0.16) == []
+
+
+def test_the_sweep_runs_these_twelve_once_for_each_seed(monkeypatch, tmp_path):
+    started = []
+
+    def run(config, folder):
+        settings = Setting(config.network.name, config.norm.name, config.minibatch, pytest.approx(rate(config)))
+        started.append((settings, config.seed, str(folder)))
+        return {}
+
+    monkeypatch.setattr(agcseg.cli.train, "run", run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", "experiment=figure1", "hydra/launcher=basic", "seed=1,2"])
+    agcseg.cli.train.main()
+    assert len(started) == 24 and len({folder for *_, folder in started}) == 24
+    for setting in RUNS:
+        assert sorted(seed for found, seed, _ in started if found == setting) == [1, 2]
+    assert "outputs/figure1/segnet-bn-mb8-lr0.08-seed2" in {folder for *_, folder in started}

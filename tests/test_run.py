@@ -259,3 +259,15 @@ def test_device_that_is_not_there(tiny, tmp_path):
 def test_cuda(tiny, tmp_path, values):
     result = run(tiny(device="cuda", **values), tmp_path / "run")
     assert result["state"] == "finished" and math.isfinite(result["val_loss"])
+
+
+def test_a_run_of_figure_1_is_in_its_panels_only(tiny, tmp_path):
+    run(tiny("bn", minibatch=1, epochs=2), tmp_path / "a")
+    run(tiny("bn", minibatch=2, epochs=1), tmp_path / "none")
+    for name, panels in (("a", ["figure1/a"]), ("none", [])):
+        events = EventAccumulator(str(tmp_path / name), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        assert [tag for tag in events.Tags()["scalars"] if tag.startswith("figure1/")] == panels
+        assert ("custom_scalars__config__" in events.Tags()["tensors"]) == bool(panels)
+    assert [value for _, value in scalars(tmp_path / "a", "figure1/a")] == [
+        pytest.approx(float(row["pixel_error"])) for row in rows(tmp_path / "a")
+    ]

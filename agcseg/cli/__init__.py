@@ -31,7 +31,7 @@ def check_keys(program: str, arguments: list[str], schema: type) -> None:
     collect(OmegaConf.structured(schema), "")
     for argument in arguments:
         key, is_override, _ = argument.partition("=")
-        free = key.startswith(("-", "+", "~", "hydra", "experiment")) or ".options." in key
+        free = key.startswith(("-", "+", "~", "hydra", "experiment", "figure1")) or ".options." in key
         if is_override and not free and key.partition("@")[0] not in known:
             close = difflib.get_close_matches(key, known, 3, 0.5)
             meant = f"did you mean {' or '.join(close)}? " if close else ""

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from agcseg import parallel
+from agcseg import figure1, parallel
 from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
@@ -20,9 +20,15 @@ from agcseg.run import FREE, run
 
 log = logging.getLogger("agcseg")
 ConfigStore.instance().store(name="schema", node=Config)
+for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml
+    choices = [{"override /network": setting.network}, {"override /norm": setting.norm}]
+    node = {"defaults": choices, "minibatch": setting.minibatch}
+    if setting.rate != Config().lr.base * setting.minibatch:
+        node["lr"] = {"value": setting.rate}
+    ConfigStore.instance().store(group="figure1", name=setting.name, package="_global_", node=node)
 
 # Overrides that stand in the run's name anyway, or do not tell two runs apart.
-NAMED = {"experiment", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed"} | FREE
+NAMED = {"experiment", "figure1", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed"} | FREE
 
 _failed: list[str] = []
 

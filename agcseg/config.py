@@ -147,10 +147,9 @@ def check(config: Config) -> None:
             f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
         )
     if not problems:  # the network knows its own options; on the meta device it costs no memory
-        network, norm = config.network, config.norm
         try:
             with torch.device("meta"):
-                build(network.name, norm=norm.name, norm_options=norm.options, width=network.width, **network.options)
+                _try_network(config)
         except UserError as error:
             problems.append(str(error))
     available = images_available(data)
@@ -171,6 +170,28 @@ def check(config: Config) -> None:
         )
     if problems:
         raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
+
+
+def _try_network(config: Config) -> None:
+    """Build the network; at its smallest size also feed it, for some norms refuse the single pixel that may be left."""
+    network, norm, size = config.network, config.norm, config.data.size
+    module = build(
+        network.name,
+        norm=norm.name,
+        norm_options=norm.options,
+        width=network.width,
+        implementation="literal",
+        **network.options,
+    )
+    if max(size) == module.multiple:
+        images = config.minibatch // config.accumulate
+        try:
+            module(torch.empty(images, 3, *size))
+        except ValueError as error:
+            raise UserError(
+                f"data.size={size}: the deepest maps of {network.name} are too small there for norm={norm.name} and "
+                f"{images} image(s) at once ({error}); take a larger size, or another norm such as agc"
+            ) from None
 
 
 def images_available(data: DataConfig) -> dict[str, int] | None:

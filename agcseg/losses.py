@@ -21,7 +21,7 @@ def image_losses(
 
     Args:
         outputs: class logits, or a `ClassNetOutput`. What its `deep` ones cost is added to the parts, measured against
-            the nearest labels, and contours wherever a coarse pixel covers one.
+            the nearest labels, and contours wherever a coarse pixel covers one (so that no instances need be kept).
         labels, class_weights: see `segmentation_loss`.
         contours, kind, band: see `contour_loss`; needed for a `ClassNetOutput` only.
 

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from agcseg import build
 from agcseg.cli import CONFIGS, to_object
 from agcseg.cli.train import run_name
 from agcseg.config import Config, check, rate
@@ -49,6 +51,18 @@ def test_every_yaml_composes(override):
     check(config(override))
 
 
+def test_the_demo_with_each_network():
+    """The same command, with what experiment/demo/NETWORK.yaml changes; the folders of the runs differ."""
+    small, large = config("experiment=demo"), config("experiment=demo", "network=classnet")
+    check(small), check(large)
+    assert (small.network.name, small.data.size, small.epochs) == ("segnet", [64, 128], 12)
+    assert (large.network.name, large.data.size, large.network.width) == ("classnet", [128, 256], 0.25)
+    assert large.network.init == "he_centered" and large.name == "demo" and large.epochs < small.epochs
+    assert config("experiment=demo", "network=classnet", "epochs=9", "data.size=[256,256]").epochs == 9
+    names = {run_name(made, ["experiment=demo", f"network={made.network.name}"]) for made in (small, large)}
+    assert names == {"segnet-agc-mb4-lr0.08-seed1", "classnet-agc-mb4-lr0.08-seed1"}
+
+
 def test_every_name_has_its_yaml():
     from agcseg.data import LAYOUTS
     from agcseg.networks import NETWORKS
@@ -62,8 +76,6 @@ def test_every_name_has_its_yaml():
 @pytest.mark.parametrize("norm", options("norm"))
 @pytest.mark.parametrize("network", options("network"))
 def test_every_network_and_norm_builds_from_its_yaml(network, norm):
-    from agcseg import build
-
     loaded = config(f"network={network}", f"norm={norm}", "network.width=0.05")
     build(
         loaded.network.name,
@@ -83,6 +95,26 @@ def test_the_overrides_of_the_readme():
     check(made)
     assert rate(made) == pytest.approx(0.08) and made.name == "camvid"
     assert rate(config("lr.value=0.5", "minibatch=8")) == 0.5
+
+
+SINGLE_PIXEL = ["network=classnet", "data=streets", "data.size=[128,128]"]  # what is left of the image
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*SINGLE_PIXEL, "norm=bn", "minibatch=2"],
+        [*SINGLE_PIXEL, "norm=agc", "minibatch=1"],
+        ["data=streets", "data.size=[32,32]", "norm=instance", "minibatch=1"],
+    ],
+)
+def test_small_sizes_that_work(overrides):
+    """Accepted, and the network does train a step."""
+    made = config(*overrides)
+    check(made)
+    module = build(made.network.name, norm=made.norm.name, width=0.1)
+    outputs = module(torch.randn(made.minibatch, 3, *made.data.size))
+    (outputs if isinstance(outputs, torch.Tensor) else outputs.classes).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +143,9 @@ def test_the_overrides_of_the_readme():
         (["network=classnet", "data=streets"], "classnet takes [height,width] in multiples of 128"),
         (["network=classnet", "network.options.final_projection=no"], "final_projection='no' is not known"),
         (["network=classnet", "network.options.contour_width=wide"], "contour_width='wide' must be a number of maps"),
+        ([*SINGLE_PIXEL, "norm=instance"], "data.size=[128, 128]: the deepest maps of classnet are too small"),
+        ([*SINGLE_PIXEL, "norm=bn", "minibatch=2", "accumulate=2"], "for norm=bn and 1 image(s) at once"),
+        ([*SINGLE_PIXEL, "norm=group", "minibatch=1", "network.width=0.125"], "got input size [1, 32, 1, 1])"),
         (["+network.options.depth=3"], "network 'segnet' has no option depth"),
         (["network.width=0"], "network.width=0.0: must be positive"),
     ],

@@ -29,6 +29,7 @@ from agcseg.record import (
     load_checkpoint,
     picture,
     save_checkpoint,
+    tell,
     write,
     write_json,
     write_metrics,
@@ -36,6 +37,8 @@ from agcseg.record import (
 )
 
 log = logging.getLogger("agcseg")
+
+LOCK_WAIT = 60.0  # seconds for another process to leave the folder: after a stop it may still be about to end
 
 # What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
 FREE = {
@@ -83,7 +86,7 @@ def run(config: Config, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=LOCK_WAIT)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is training this run") from None
     log_file = logging.FileHandler(folder / "run.log")
@@ -226,6 +229,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                 },
             )
             write_metrics(folder, rows)
+            tell("running", epoch, config.epochs, rows[-1])
             board.log(rows[-1], layer_figures(network), painted)
             bar.set_postfix(_postfix(epoch, rows[-1]["train_loss"], rows))
             (log.debug if not bar.disable else log.info)(_epoch_line(rows[-1], config.epochs))
@@ -237,6 +241,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         board.close()
         torch.use_deterministic_algorithms(False)
     write_json(folder / "result.json", result)
+    tell(state, len(rows), config.epochs, last, reason)
     log.info(_result_line(folder, result))
     return result
 
@@ -361,6 +366,7 @@ def _finished(config: Config, folder: Path) -> dict | None:
     settings, saved = asdict(config), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     _check_same_run({"config": saved, "histogram": None}, settings, None, folder)
     log.info(f"{_result_line(folder, result)} (nothing left to do)")
+    tell("skipped", result["epochs"], config.epochs, result, f"already {result['state']}")
     return result
 
 

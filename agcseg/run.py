@@ -84,16 +84,13 @@ def run(config: Config, folder: Path) -> dict:
         raise UserError(f"minibatch={config.minibatch}: there are {len(train)} training images")
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_WAIT)
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another process is training this run") from None
+    lock = _lock(folder)
     log_file = logging.FileHandler(folder / "run.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(log_file)
     try:
-        return _train(config, folder, device, layout, train, val, cached["train"].folder)
+        finished = _finished(config, folder)  # by the process that had the lock before
+        return finished or _train(config, folder, device, layout, train, val, cached["train"].folder)
     finally:
         log.removeHandler(log_file)
         log_file.close()
@@ -368,6 +365,19 @@ def _finished(config: Config, folder: Path) -> dict | None:
     log.info(f"{_result_line(folder, result)} (nothing left to do)")
     tell("skipped", result["epochs"], config.epochs, result, f"already {result['state']}")
     return result
+
+
+def _lock(folder: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        log.info(f"{folder}: another process is training this run; waiting {LOCK_WAIT:g} s for it to end")
+        try:
+            lock.acquire(timeout=LOCK_WAIT)
+        except filelock.Timeout:
+            raise UserError(f"{folder}: another process is training this run") from None
+    return lock
 
 
 def _free_folder(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def _run(task: tuple[str, str, int], job: bytes):
 
 
 def _load_main(name: str | None, path: str | None) -> None:
-    """Import the program's main module under another name, as multiprocessing does: the task and its types may live there."""
+    """Import the program's main module under another name, as multiprocessing does: task and types may live there."""
     os.environ[LOADING] = "1"
     if name:
         content = runpy.run_module(name, run_name="__mp_main__", alter_sys=True)

@@ -87,7 +87,7 @@ def job_environment(device: Device, slots: int, status_file: Path, environment: 
         "OMP_NUM_THREADS": str(max(1, cores // slots)),
         "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin take the cores of other jobs: up to 40 times slower
     }
-    if "CUDA_VISIBLE_DEVICES" not in environment:
+    if device.visible and "CUDA_VISIBLE_DEVICES" not in environment:
         unless_set["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi
     own = {"CUDA_VISIBLE_DEVICES": device.visible, "RUN_STATUS_FILE": str(status_file)}
     return {**unless_set, **environment, **own}

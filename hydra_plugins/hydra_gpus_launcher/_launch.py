@@ -32,7 +32,7 @@ def launch(launcher, job_overrides: Sequence[Sequence[str]], first_number: int) 
     """
     if LOADING in os.environ:
         raise CompactHydraException(
-            "the main module starts the sweep when it is imported: call the Hydra main under `if __name__ == '__main__':`"
+            "the main module starts the sweep when it is imported: call its Hydra main under if __name__ == '__main__':"
         )
     setup_globals()
     config = launcher.config
@@ -55,8 +55,7 @@ def launch(launcher, job_overrides: Sequence[Sequence[str]], first_number: int) 
     for i, (overrides, label) in enumerate(zip(job_overrides, labels(shown), strict=True)):
         overrides = tuple(overrides)
         if overrides not in jobs:
-            name, returns[overrides] = _file_name(shown[i]), JobReturn(overrides=shown[i])
-            name += f"-{first_number + i}" * any(job.log.stem == name for job in jobs.values())
+            name, returns[overrides] = _file_name(label, overrides), JobReturn(overrides=shown[i])
             message = functools.partial(_message, launcher, start, overrides, first_number + i, returns[overrides])
             jobs[overrides] = Job(label, folder / f"{name}.log", folder / f"{name}.json", message)
 
@@ -75,7 +74,7 @@ def launch(launcher, job_overrides: Sequence[Sequence[str]], first_number: int) 
         result.status = JobStatus.FAILED if job.state == "failed" else JobStatus.COMPLETED
         result.return_value = job.status.get("return_value")
         if job.state == "failed":
-            result.return_value = CompactHydraException(f"{job.reason} (output in {job.log})")
+            result.return_value = CompactHydraException(f"{job.label}: {job.reason} (output in {job.log})")
     return [returns[tuple(overrides)] for overrides in job_overrides]
 
 
@@ -121,11 +120,9 @@ def _main_module() -> dict[str, str | None]:
     return {"main_name": None, "main_path": os.path.abspath(path) if path and os.path.isfile(path) else None}
 
 
-def _file_name(overrides: list[str]) -> str:
-    """The same for the same overrides, whatever else is in the sweep."""
-    text = ",".join(overrides)
-    name = re.sub(r"[^\w.=,+-]+", "_", text) or "run"
-    return name if name == text and len(name) <= 120 else f"{name[:110]}-{hashlib.sha1(text.encode()).hexdigest()[:8]}"
+def _file_name(label: str, overrides: tuple[str, ...]) -> str:
+    """Readable, and the same when the same sweep starts again."""
+    return f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', label)[:80]}-{hashlib.sha1(repr(overrides).encode()).hexdigest()[:6]}"
 
 
 def _shower(jobs: list[Job]):

@@ -65,18 +65,23 @@ def _run(task: tuple[str, str, int], job: bytes):
 
 def _load_main(name: str | None, path: str | None) -> None:
     """Import the program's main module under another name, as multiprocessing does: task and types may live there."""
+    if not name and not path:
+        return
     os.environ[LOADING] = "1"
-    if name:
-        content = runpy.run_module(name, run_name="__mp_main__", alter_sys=True)
-    elif path:
-        content = runpy.run_path(path, run_name="__mp_main__")
-    else:
-        content = {}
+    try:
+        content = (
+            runpy.run_module(name, run_name="__mp_main__", alter_sys=True)
+            if name
+            else runpy.run_path(path, run_name="__mp_main__")
+        )
+    except SystemExit:
+        raise RuntimeError(
+            "the main module ends the program when it is imported: call its Hydra main under if __name__ == '__main__':"
+        ) from None
     del os.environ[LOADING]
-    if content:
-        module = types.ModuleType("__mp_main__")
-        module.__dict__.update(content)
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    module = types.ModuleType("__mp_main__")
+    module.__dict__.update(content)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
 
 
 def _watch(pipe: int, grace_s: float) -> None:

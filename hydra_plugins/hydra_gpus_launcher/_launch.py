@@ -31,9 +31,7 @@ def launch(launcher, job_overrides: Sequence[Sequence[str]], first_number: int) 
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
     """
     if LOADING in os.environ:
-        raise CompactHydraException(
-            "the main module starts the sweep when it is imported: call its Hydra main under if __name__ == '__main__':"
-        )
+        raise CompactHydraException("a job's import of the main module must not start the sweep again")
     setup_globals()
     config = launcher.config
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)

@@ -18,8 +18,11 @@ def live_lines(jobs: list[Job], width: int, height: int, now: float) -> list[str
         order = sorted(jobs, key=lambda job: {"running": 0, "failed": 1, "waiting": 2}.get(job.state, 3))
         kept = {id(job) for job in order[:rows] if job.state in (*OPEN, "failed")}
         shown = [job for job in jobs if id(job) in kept]
-    cells = [HEAD, *(_live_cells(job, now) for job in shown)]
-    lines = [*_aligned(cells, width - 1), _totals(jobs, len(jobs) - len(shown), now)[: width - 1]]
+    lines = _aligned([HEAD, *(_live_cells(job, now) for job in shown)], width - 1)
+    for i, job in enumerate(shown, 1):
+        if job.state == "failed":
+            lines[i] = _cut(f"{lines[i]}  {clean(job.reason)}", width - 1)
+    lines.append(_cut(_totals(jobs, len(jobs) - len(shown), now), width - 1))
     return lines[-max(1, height - 1) :]
 
 
@@ -64,16 +67,11 @@ def labels(overrides: list[list[str]]) -> list[str]:
 
 
 def _live_cells(job: Job, now: float) -> tuple[str, ...]:
-    if job.state == "waiting":
-        return (job.label, "waiting", "", "", "", "")
-    progress, left = job.status.get("progress", ""), ""
-    if job.state == "running":
-        eta = _eta(job, now)
-        left = duration(eta) if eta is not None else ""
-        progress = progress or "starting"
-    elif job.state == "failed":
-        return (job.label, "failed", job.device.name, clean(job.reason), "", "")
-    return (job.label, clean(job.state), job.device.name, clean(progress), _error(job), left)
+    device = job.device.name if job.device else ""
+    if job.state in ("waiting", "failed"):
+        return (job.label, job.state, device, "", "", "")
+    progress = job.status.get("progress") or ("starting" if job.state == "running" else "")
+    return (job.label, clean(job.state), device, clean(progress), _error(job), _left(job, now))
 
 
 def _error(job: Job, before: str = "") -> str:
@@ -81,9 +79,10 @@ def _error(job: Job, before: str = "") -> str:
     return before + error if error else ""
 
 
-def _eta(job: Job, now: float) -> float | None:
+def _left(job: Job, now: float) -> str:
     eta = job.status.get("eta_s")
-    return max(0.0, eta - (now - job.told)) if isinstance(eta, (int, float)) and 0 <= eta < 1e9 else None
+    known = job.state == "running" and isinstance(eta, (int, float)) and 0 <= eta < 1e9
+    return duration(eta - (now - job.told)) if known else ""
 
 
 def _totals(jobs: list[Job], folded: int, now: float) -> str:
@@ -100,7 +99,7 @@ def _aligned(rows: list[tuple[str, ...]], width: int | None = None) -> list[str]
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) if any(column[1:]) or not i else 0 for i, column in enumerate(columns)]
     if width is not None:
-        widths[0] = max(12, min(widths[0], width - sum(w + 2 for w in widths[1:] if w)))
+        widths[0] = min(widths[0], max(12, width - sum(w + 2 for w in widths[1:] if w)))
     lines = []
     for row in rows:
         cells = [_cut(cell, w).ljust(w) for cell, w in zip(row, widths, strict=True) if w]

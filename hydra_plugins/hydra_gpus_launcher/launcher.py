@@ -11,13 +11,13 @@ rename); all keys are optional:
     {"state": "running", "progress": "epoch 3/150", "error": "23.1 %", "eta_s": 1200, "reason": "..."}
 
 `state` at the end may be any word, such as "diverged" or "skipped"; a job that ends with exit code 0 and says nothing
-else has "finished". `eta_s` counts from the moment of writing. Around the task function, the launcher adds "return_value",
-what the task returned, if JSON can hold it: that is what a sweeper gets.
+else has "finished". `eta_s` counts from the moment of writing. Around the task function, the launcher adds
+"return_value", what the task returned, if JSON can hold it: that is what a sweeper gets.
 
 A job that raises, is killed or runs out of memory touches no other. Ctrl-C or SIGTERM sends SIGTERM to all jobs, which
-raises SystemExit(143) in them, and after `grace_s` seconds SIGKILL to what is left; a second signal does so at once. If
-the launcher itself is killed, each job notices (the pipe that is held open to it ends) and does the same to itself. What
-a job started and left behind in its process group is killed when the job ends. Exit code: 0 if all jobs ended by
+raises SystemExit(143) in them, and after `grace_s` seconds SIGKILL to what is left; a second signal does so at once.
+If the launcher itself is killed, each job notices (the pipe that is held open to it ends) and does the same to itself.
+What a job started and left behind in its process group is killed when the job ends. Exit code: 0 if all jobs ended by
 themselves, 1 if some failed, 130 after Ctrl-C, 143 after SIGTERM.
 
 As with multiprocessing's "spawn", a job imports the main module again: guard the call of the Hydra main with

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: every file is written whole or not at all."""
 
+import contextlib
 import csv
 import io
 import json
@@ -28,6 +29,22 @@ def write(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def tell(state: str, epoch: int, epochs: int, figures: dict, reason: str = "") -> None:
+    """Tell the program that started this process, if it asked by RUN_STATUS_FILE, how the run goes.
+
+    Args:
+        figures: a row of metrics.csv, or a result; empty if there is none yet.
+    """
+    path = os.environ.get("RUN_STATUS_FILE")
+    if path:
+        status = {"state": state, "progress": f"epoch {epoch}/{epochs}", "reason": reason}
+        if figures.get("epoch"):
+            status |= {"error": f"{figures['pixel_error']:.1%}".replace("%", " %")}
+            status |= {"eta_s": figures["seconds"] / epoch * (epochs - epoch)}
+        with contextlib.suppress(OSError):  # nobody to tell is no reason to stop
+            write_json(Path(path), status)
 
 
 def write_json(path: Path, content: dict) -> None:

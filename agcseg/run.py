@@ -31,6 +31,7 @@ from agcseg.record import (
     load_checkpoint,
     picture,
     save_checkpoint,
+    tell,
     write,
     write_csv,
     write_json,
@@ -39,6 +40,8 @@ from agcseg.record import (
 )
 
 log = logging.getLogger("agcseg")
+
+LOCK_WAIT = 60.0  # seconds for another process to leave the folder: after a stop it may still be about to end
 
 # What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
 FREE = {
@@ -96,22 +99,17 @@ def run(config: Config, folder: Path) -> dict:
     if processes > len(val):
         raise UserError(f"{processes} processes cannot share {len(val)} validation images; start fewer")
     arguments = config, folder, device, layout, train, val, cached["train"].folder
-    if not first:
-        parallel.wait()  # until process 0 has the lock
-        return _train(*arguments)
+    if not first:  # waits until process 0 has the lock
+        return parallel.from_first(None) or _train(*arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another process is training this run") from None
+    lock = _lock(folder)
     log_file = logging.FileHandler(folder / "run.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(log_file)
     try:
-        parallel.wait()
-        return _train(*arguments)
+        # Another process may have finished it before it gave the lock away.
+        return parallel.from_first(_finished(config, folder)) or _train(*arguments)
     finally:
         log.removeHandler(log_file)
         log_file.close()
@@ -278,6 +276,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             write_tables(folder, rows, layers, history)
             write_csv(folder / "images.csv", by_image)
             board.log(rows[-1], [row for row in layers if row["epoch"] == epoch], painted)
+            tell("running", epoch, config.epochs, rows[-1])
             bar.set_postfix(_postfix(epoch, rows[-1]["train_loss"], rows))
             (log.debug if not bar.disable else log.info)(_epoch_line(rows[-1], config.epochs))
         last = {key: value for key, value in (rows[-1] if rows else {}).items() if not key.startswith("iou/")}
@@ -292,6 +291,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         torch.use_deterministic_algorithms(False)
     if first:
         write_json(folder / "result.json", result)
+        tell(state, len(rows), config.epochs, last, reason)
     parallel.wait()
     log.info(_result_line(folder, result))
     return result
@@ -432,7 +432,21 @@ def _finished(config: Config, folder: Path) -> dict | None:
     settings, saved = asdict(config), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     _check_same_run({"config": saved, "histogram": None}, settings, None, folder)
     log.info(f"{_result_line(folder, result)} (nothing left to do)")
+    tell("skipped", result["epochs"], config.epochs, result, f"already {result['state']}")
     return result
+
+
+def _lock(folder: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        log.info(f"{folder}: another process is training this run; waiting {LOCK_WAIT:g} s for it to end")
+        try:
+            lock.acquire(timeout=LOCK_WAIT)
+        except filelock.Timeout:
+            raise UserError(f"{folder}: another process is training this run") from None
+    return lock
 
 
 def _free_folder(folder: Path) -> Path:

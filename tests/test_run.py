@@ -174,10 +174,11 @@ def test_broken_checkpoint_is_named(tiny, tmp_path):
         run(tiny(epochs=2), tmp_path / "run")
 
 
-def test_two_processes_do_not_share_a_run(tiny, tmp_path):
+def test_two_processes_do_not_share_a_run(tiny, tmp_path, monkeypatch):
     import filelock
 
     (tmp_path / "run").mkdir()
+    monkeypatch.setattr(agcseg.run, "LOCK_WAIT", 0.2)
     with filelock.FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another process"):
         run(tiny(), tmp_path / "run")
 

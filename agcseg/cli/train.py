@@ -1,8 +1,8 @@
 """agcseg-train: one run, or with -m a sweep."""
 
-import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from agcseg import figure1, parallel
@@ -18,7 +19,6 @@ from agcseg.config import Config, rate
 from agcseg.errors import UserError
 from agcseg.run import FREE, run
 
-log = logging.getLogger("agcseg")
 ConfigStore.instance().store(name="schema", node=Config)
 for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml
     choices = [{"override /network": setting.network}, {"override /norm": setting.norm}]
@@ -29,8 +29,6 @@ for setting in figure1.RUNS:  # options of the group figure1, for experiment/fig
 
 # Overrides that stand in the run's name anyway, or do not tell two runs apart.
 NAMED = {"experiment", "figure1", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed"} | FREE
-
-_failed: list[str] = []
 
 
 def run_name(config: Config, overrides: list[str]) -> str:
@@ -46,7 +44,6 @@ def run_name(config: Config, overrides: list[str]) -> str:
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def _job(cfg) -> float | None:
     hydra_config = HydraConfig.get()
-    single = hydra_config.mode == RunMode.RUN
     try:
         config = to_object(cfg)
         folder = Path("outputs") / config.name / (config.run or run_name(config, list(hydra_config.overrides.task)))
@@ -56,32 +53,29 @@ def _job(cfg) -> float | None:
         error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
     except UserError as user_error:
         error = user_error
-    except Exception as unexpected:
-        if single:
-            raise
-        log.exception("this run failed; the sweep goes on")
-        error = unexpected
-    if single:
+    if hydra_config.mode == RunMode.RUN:
         fail("agcseg-train", error)
-    # In a sweep the other runs go on; the exit code says that one failed.
+    # In a sweep the other runs go on: the launcher gets the error, of a kind that is shown without a traceback.
     print(f"agcseg-train: error: {error}", file=sys.stderr)
-    _failed.append(" ".join(hydra_config.overrides.task))
-    return None
+    raise CompactHydraException(str(error))
+
+
+def _terminated(number: int, frame) -> None:
+    print("\nagcseg-train: terminated; the same command goes on from the last epoch", file=sys.stderr)
+    raise SystemExit(143)
 
 
 def main() -> None:
     check_keys("agcseg-train", sys.argv[1:], Config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
         fail("agcseg-train", UserError("torchrun shares out one run over devices; start a sweep, -m, without it"))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         _job()
         parallel.leave()
     except KeyboardInterrupt:
         print("\nagcseg-train: interrupted; the same command goes on from the last epoch", file=sys.stderr)
         raise SystemExit(130) from None
-    if _failed:
-        print("agcseg-train: these runs failed:\n  " + "\n  ".join(_failed), file=sys.stderr)
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

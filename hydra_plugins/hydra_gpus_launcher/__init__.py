@@ -1,0 +1,1 @@
+"""Hydra launcher for the GPUs of one machine: `hydra/launcher=gpus`."""

@@ -147,8 +147,8 @@ def test_nothing_to_report(tmp_path, folder, capsys):
 
 
 def test_files_written(folder):
-    paths = write_report(folder)
-    assert sorted(p.name for p in paths) == ["figure.png", "predictions.png", "report.csv", "report.md"]
+    paths, answers = write_report(folder)
+    assert sorted(p.name for p in paths) == ["figure.png", "predictions.png", "report.csv", "report.html", "report.md"]
     assert not [p for p in folder.iterdir() if p.is_file() and p not in paths]  # no temporary files
     with open(folder / "report.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -167,12 +167,12 @@ def ink(path):
 
 def test_figure_is_drawn(folder, tmp_path):
     runs = read_runs(folder)
-    figure(runs, tmp_path / "all.png")
+    figure(runs).savefig(tmp_path / "all.png")
     size, pixels = ink(tmp_path / "all.png")
     assert size == (1176, 696)
     for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)):  # one per minibatch
         assert (pixels == colour).all(axis=1).sum() > 20
-    figure([r for r in runs if r.minibatch == 4], tmp_path / "part.png")
+    figure([r for r in runs if r.minibatch == 4]).savefig(tmp_path / "part.png")
     assert not (ink(tmp_path / "part.png")[1] == (0x00, 0x9E, 0x73)).all(axis=1).any()
 
 
@@ -185,13 +185,13 @@ def test_figure_of_several_seeds_twins_networks_and_nothing_measured(tmp_path):
     make_run(tmp_path, "new", [], "other", state="unfinished")
     runs = read_runs(tmp_path)
     assert [run.norm for run in runs] == ["bn"] * 3 + ["agc"] * 2 + ["group", "other"]
-    figure(runs, tmp_path / "figure.png")
+    figure(runs).savefig(tmp_path / "figure.png")
     assert ink(tmp_path / "figure.png")[0] == (2040, 696)
     runs[0].network = "other"  # a pair of rows of its own
-    figure(runs, tmp_path / "figure.png")
+    figure(runs).savefig(tmp_path / "figure.png")
     assert ink(tmp_path / "figure.png")[0] == (2040, 1392)
     for run in runs[-2:]:
-        figure([run], tmp_path / "figure.png")
+        figure([run]).savefig(tmp_path / "figure.png")
 
 
 def test_title_names_the_data():

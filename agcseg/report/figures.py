@@ -20,7 +20,7 @@ END_MARKERS = {"diverged": {"marker": "x", "ms": 9, "mew": 2}, "unfinished": {"m
 STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, norm of the others
     (1, 0.02): ("#E69F00", "-"), (4, 0.08): ("#009E73", (0, (5, 1))), (8, 0.16): ("#CC79A7", "-"),
     (8, 0.08): ("#56B4E9", (0, (5, 1))), (8, 0.32): ("#000000", (0, (2, 1))), (8, 0.64): ("#D55E00", "-."),
-    "bn": ("#D55E00", "-"), "agc": ("#0072B2", "-"),
+    "bn": ("#D55E00", "-"), "agc": ("#0072B2", (0, (5, 1))),
 }  # fmt: skip
 SAME_SCALE = ("ab", "cd", "e", "f", "gh")  # panels that the paper compares; ClassNet's loss has one part more
 ROLES = {"encoder": "#0072B2", "lateral": "#009E73", "decoder": "#D55E00", "head": "#000000"}
@@ -70,7 +70,7 @@ def figure1(cells: Cells) -> Figure:
     for letters in SAME_SCALE if len(sizes) < 2 else ("ab", "c", "d", "e", "f", "gh"):
         panels = [panel for panel in PANELS if panel.letter in letters]
         runs = [run for p in panels for of in p.runs for run in cells.get(of, {}).values()]
-        low, high = y_range([(run, points(run, panels[0].metric)) for run in runs])
+        low, high = y_range([(run, points(run, panels[0].metric)) for run in runs], reach=1.5)
         for panel in panels:
             _draw_panel(axes[panel.letter], panel, cells, high)
             axes[panel.letter].set_ylim(low, high)
@@ -103,11 +103,11 @@ def lambda_figure(runs: list[Run]) -> Figure:
             left.axvline(level, color="0.5", ls="--" if level == 1 else ":", lw=1, zorder=0)
         left.set_yticks(depth, layers.names, fontsize=7.5)
         left.set_ylim(len(depth) - 0.5, -0.5)
-        left.set_xlabel("λ: mean (dot), 25 to 75 % (thick) and 5 to 95 % of the filters (thin)")
+        left.set_xlabel("λ: mean (dot), 25 to 75 % (thick) and 5 to 95 % of the filters (thin)", fontsize=9)
         left.set_title(f"at epoch {layers.epochs[-1]}", fontsize=10)
         left.grid(axis="x", alpha=0.25)
         means = layers.values["lambda_mean"]
-        away = max(0.05, np.nanmax(np.abs(means - 1)))
+        away = max(0.05, math.ceil(20 * np.nanmax(np.abs(means - 1))) / 20)
         edges = np.r_[layers.epochs - 0.5, layers.epochs[-1] + 0.5]
         mesh = right.pcolormesh(
             edges, np.arange(len(depth) + 1) - 0.5, means.T, cmap="PuOr", vmin=1 - away, vmax=1 + away, rasterized=True
@@ -146,17 +146,20 @@ def points(run: Run, metric: str) -> np.ndarray:
     return np.array([(epoch, scale * value) for epoch, value in values if math.isfinite(value)]).reshape(-1, 2)
 
 
-def y_range(curves: Sequence[Curve], levels: Sequence[float] = ()) -> tuple[float, float]:
+def y_range(curves: Sequence[Curve], levels: Sequence[float] = (), reach: float = 3) -> tuple[float, float]:
     """The scale: made for the better 70 % of each run that held; it reaches further, but not as far as a spike.
 
     Args:
         levels: values to be shown if they are near.
+        reach: how much further at most, times what the better 70 % span.
     """
     there = [curve[:, 1] for _, curve in curves if len(curve)]
     values = np.concatenate(there or [np.ones(1)])
     steady = [curve[:, 1] for run, curve in curves if len(curve) and run.state != "diverged"] or [values]
     low, usual = values.min(), max(np.percentile(v, 70, method="nearest") for v in steady)
-    high = max([values[values <= usual + 3 * (usual - low)].max(), *(level for level in levels if level <= 2 * usual)])
+    high = max(
+        [values[values <= usual + reach * (usual - low)].max(), *(level for level in levels if level <= 2 * usual)]
+    )
     margin = 0.06 * (high - low) or 0.1 * high
     return float(max(0, low - margin)), float(high + margin)
 
@@ -184,7 +187,7 @@ def _draw_row(axes, norms: list[str], group: list[Run], styles: dict, metric: st
         for run, curve in panel:
             (line,) = axis.plot(*curve.T, marker="." if len(curve) <= 15 else "", **styles[run.name])
             _mark_end(axis, run, curve, high, line.get_color())
-        _say_what_is_off(axis, panel, high)
+        axis.annotate(_off(panel, high), (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
         for level in levels:
             axis.axhline(level, color="0.5", ls="--", lw=1)
         axis.grid(alpha=0.25)
@@ -194,7 +197,7 @@ def _draw_row(axes, norms: list[str], group: list[Run], styles: dict, metric: st
 
 def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
     is_error = panel.metric == "pixel_error"
-    axis.set_title(fill(f"({panel.letter}) {panel.caption}", 66), loc="left", fontsize=9.5)
+    axis.set_title(fill(f"({panel.letter}) {panel.caption}", 76), loc="left", fontsize=9)
     axis.set(xlabel="epoch", ylabel="validation pixel error, %" if is_error else "validation loss")
     axis.grid(alpha=0.25)
     curves: list[Curve] = []
@@ -217,9 +220,9 @@ def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
         axis.annotate(text, xycoords="axes fraction", color="0.35", fontsize=10 if middle else 8, **at)
     if curves:
         axis.set_xlim(0.5, max(run.epochs for run, _ in curves) + 0.5)
+        axis.plot([], [], ls="", label=_off(curves, high))  # a line of the legend; none if empty
         axis.legend(fontsize=8.5, frameon=False, loc="upper right")
         axis.locator_params(axis="x", integer=True)
-        _say_what_is_off(axis, curves, high)
     else:
         axis.set(xticks=[], yticks=[])
 
@@ -234,9 +237,11 @@ def _caption(of: Setting, panel: Panel, seeds: list[Run]) -> str:
     ends = [curve[-1, 1] for run in held if len(curve := points(run, panel.metric))]
     form = ".1f" if panel.metric == "pixel_error" else ".3f"
     end = f": {np.mean(ends):{form}}" + " %" * (panel.metric == "pixel_error") if ends else ""
-    count = f", {len(held)} seeds" if len(held) > 1 else ""
-    diverged = len(seeds) - len(held)
-    return what + end + count + (f", {diverged} diverged" if diverged else "")
+    lasts = sorted({run.last_epoch for run in held if run.state == "unfinished"})
+    until = f" at epoch {'/'.join(map(str, lasts))}" if lasts else ""
+    count = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
+    diverged = f", {len(seeds) - len(held)} diverged" if held else ", diverged"
+    return what + end + until + count + diverged * (len(held) < len(seeds))
 
 
 def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict) -> None:
@@ -258,7 +263,6 @@ def _mark_end(axis: Axes, run: Run, curve: np.ndarray, high: float, colour: str)
         axis.plot(x, min(y, high), c=colour, clip_on=False, **END_MARKERS[run.state])
 
 
-def _say_what_is_off(axis: Axes, curves: Sequence[Curve], high: float) -> None:
+def _off(curves: Sequence[Curve], high: float) -> str:
     peak = max((curve[:, 1].max() for _, curve in curves if len(curve)), default=-1)
-    note = "nothing measured" if peak < 0 else f"off the scale: up to {peak:.4g}" if peak > high else ""
-    axis.annotate(note, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
+    return "nothing measured" if peak < 0 else f"off the scale: up to {peak:.4g}" if peak > high else ""

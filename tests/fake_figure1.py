@@ -20,7 +20,13 @@ lr: {{base: 0.02, value: {value}}}
 data: {{name: streets, root: null, size: [128, 256]}}
 """
 # Points above the others at the end, as the paper has it.
-PAPER = {("bn", 1, 0.02): 2.5, ("agc", 8, 0.08): 0.8, ("bn", 8, 0.08): 0.8, ("agc", 8, 0.32): 2.0, ("agc", 8, 0.64): 9.0}
+PAPER = {
+    ("bn", 1, 0.02): 2.5,
+    ("agc", 8, 0.08): 0.8,
+    ("bn", 8, 0.08): 0.8,
+    ("agc", 8, 0.32): 2.0,
+    ("agc", 8, 0.64): 9.0,
+}
 LEVELS = [*range(5), *range(5)[::-1]]  # of SegNet's ten stages
 
 
@@ -35,6 +41,7 @@ def make_figure1(
     spikes: Callable[[Setting], int] = lambda of: 12 if of.norm == "bn" else 3,
     size: Callable[[Setting], float] = lambda of: 12 if of.norm == "bn" else 5,
     lambdas: Callable[[int], float] = lambda level: level / 4,
+    spread=1.0,
     speed: Callable[[Setting], float] = lambda of: 130.0 if of.norm == "agc" else 100.0,
     memory: Callable[[Setting], float] = lambda of: 600.0 if of.norm == "agc" else 1000.0,
     reached: Callable[[Setting, int], int] | None = None,
@@ -51,7 +58,7 @@ def make_figure1(
         shift: points of error above the common curve, growing in with the epochs.
         loss: factor on the validation loss.
         spikes, size: how many per run, and how large.
-        lambdas: mean λ by level, at the end; it starts at 1.
+        lambdas, spread: mean λ by level, at the end, and how far its filters lie apart; all start at 1.
         reached: the last epoch of a run that goes on; None for all.
         diverged: half-way.
         old: without steps.npy, layers.csv, images.csv and the device.
@@ -70,7 +77,9 @@ def make_figure1(
                 )
             )  # fmt: skip
             end = (10 if of.network == "segnet" else 6) + shift(of) + noise * rng.standard_normal()
-            errors = end + 50 * np.exp(-np.arange(1, epochs + 1) / (epochs / 6)) + 0.3 * noise * rng.standard_normal(epochs)
+            errors = (
+                end + 50 * np.exp(-np.arange(1, epochs + 1) / (epochs / 6)) + 0.3 * noise * rng.standard_normal(epochs)
+            )
             rows = [
                 {
                     "epoch": epoch, "samples": 100 * epoch, "rate": of.rate, "train_loss": error / 30,
@@ -89,7 +98,7 @@ def make_figure1(
             if not old:
                 np.save(path / "steps.npy", step_losses(of, errors[:ended], spikes(of), size(of), rng))
                 write_csv(path / "images.csv", images(errors[ended - 1] / 100, rows[-1]["val_loss"], rng))
-                write_csv(path / "layers.csv", layers(of, ended, epochs, lambdas, rng))
+                write_csv(path / "layers.csv", layers(of, ended, epochs, lambdas, spread, rng))
     return folder
 
 
@@ -114,7 +123,7 @@ def images(error: float, loss: float, rng, number=40) -> list[dict]:
     ]
 
 
-def layers(of: Setting, ended: int, epochs: int, lambdas: Callable[[int], float], rng) -> list[dict]:
+def layers(of: Setting, ended: int, epochs: int, lambdas: Callable[[int], float], spread, rng) -> list[dict]:
     """Rows of layers.csv: ten stages with a layer each, named as the networks name theirs."""
     segnet = of.network == "segnet"
     names = [f"encoder.{i}.0" if segnet else f"encoder.{i}.final" for i in range(5)]
@@ -123,12 +132,18 @@ def layers(of: Setting, ended: int, epochs: int, lambdas: Callable[[int], float]
     for epoch in range(ended + 1):
         for layer, level, offset in zip(names, LEVELS, offsets, strict=True):
             mean = 1 + (lambdas(level) + offset - 1) * epoch / epochs
-            spread = {"mean": 0, "min": -0.4, "q05": -0.2, "q25": -0.1, "q50": 0, "q75": 0.1, "q95": 0.2, "max": 0.4}
-            cells = {f"lambda_{key}": mean + by * epoch / epochs for key, by in spread.items()}
+            levels = {"mean": 0, "min": -0.4, "q05": -0.2, "q25": -0.1, "q50": 0, "q75": 0.1, "q95": 0.2, "max": 0.4}
+            cells = {f"lambda_{key}": mean + spread * by * epoch / epochs for key, by in levels.items()}
             cells["lambda_inside"] = float(np.clip(1 - abs(mean - 1) + 1, 0, 1)) if not 0 <= mean <= 2 else 0.99
             if of.norm != "agc":
                 cells = dict.fromkeys(cells)
-            row = {"epoch": epoch, "layer": layer, "role": layer.partition(".")[0], "num_features": 8, "gamma_mean": 1.0}
+            row = {
+                "epoch": epoch,
+                "layer": layer,
+                "role": layer.partition(".")[0],
+                "num_features": 8,
+                "gamma_mean": 1.0,
+            }
             rows.append(row | cells)
     return rows
 

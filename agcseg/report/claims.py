@@ -101,13 +101,15 @@ def verdicts(cells: Cells, margin: float = MARGIN, figure1: bool = True) -> list
 def _judge(what: str, estimate: Estimate | str, band: tuple[float, float], wanted: str, form: str = "+.2f") -> Part:
     """A part of a claim: `estimate` must lie in `band`, which `wanted` puts into words."""
     if isinstance(estimate, str):
-        return Part(f"{what}: {NOT_ENOUGH}: {estimate}", NOT_ENOUGH, NOT_ENOUGH, False)
+        return Part(f"{NOT_ENOUGH}: {what}: {estimate}", NOT_ENOUGH, NOT_ENOUGH, False)
     value, low, high, basis, weak = estimate
     known = not math.isnan(low)
     leaning = decide((low, high) if known else (value, value), band)
     verdict = NOT_ENOUGH if weak else leaning
-    interval = f", 95 % interval {low:{form}} to {high:{form}}" if known else ""
-    text = f"{what}: {value:{form}}{interval} ({basis}); expected {wanted}: {verdict}" + (f": {weak}" if weak else "")
+    range_of = "95 % interval" if math.isfinite(high - low) else "from seed to seed"  # diverged runs are infinitely bad
+    interval = f", {range_of} {low:{form}} to {high:{form}}" if known else ""
+    why = f" ({weak})" if weak else ""
+    text = f"{verdict}{why}: {what}: {value:{form}}{interval} ({basis}); expected {wanted}"
     return Part(text, verdict, leaning, True)
 
 

@@ -119,7 +119,11 @@ def _same_data(kept: Cells) -> str:
     paper = ("cityscapes", (256, 512), 150, 1.0)
     here = {(run.data, run.size, run.epochs, run.width) for seeds in kept.values() for run in seeds.values()}
     same = here == {paper}
-    return "These runs have that setting." if same else "These runs have another, so their errors are not the paper's."
+    return (
+        "These runs have that setting."
+        if same
+        else "These runs have another: their errors and verdicts hold for it alone."
+    )
 
 
 def _with_lambda(kept: Cells) -> list[Run]:
@@ -157,7 +161,7 @@ def html(title: str, blocks: list[Block]) -> str:
             rows = "\n".join(f"<tr>{''.join(row)}</tr>" for row in (head, *body))
             parts.append(f'<div class="wide"><table>\n{rows}\n</table></div>')
         elif kind == "ul":
-            parts.append("<ul>" + "\n".join(f"<li>{escape(item)}</li>" for item in content) + "</ul>")
+            parts.append("<ul>\n" + "\n".join(_cell(item, "li") for item in content) + "\n</ul>")
         elif kind == "img":
             parts.append(f'<p><img alt="{escape(more[0])}" src="{_inline(content)}"></p>')
         else:

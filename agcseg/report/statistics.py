@@ -7,7 +7,7 @@ import numpy as np
 
 SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH = "supported", "not supported", "not enough data"
 
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the expansion in `t_quantile` is good to 3e-4.
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the expansion in `t_quantile` is good to 1e-4.
 T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 DRAWS = 2000
 WINDOW, SHORTEST, FACTOR = 100, 20, 3.0  # of `spikes`
@@ -18,7 +18,8 @@ def t_quantile(freedom: int) -> float:
     if freedom <= len(T):
         return T[freedom - 1]
     z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2) + third
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
@@ -42,10 +43,12 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> tuple
 def decide(interval: tuple[float, float], band: tuple[float, float]) -> str:
     """Whether a value known to an interval lies in a band: yes if all of it does, no if none of it does.
 
-    A value may be infinite, as the error of a diverged run is, and so may the band's upper end.
+    Values may be infinite, as the error of a diverged run is, and so may the band's ends. One that diverged is enough
+    against a band with finite ends.
     """
     (low, high), (lower, upper) = interval, band
-    if high <= lower or low >= upper and upper < math.inf:
+    bounded = math.isfinite(upper - lower)
+    if high <= lower or low >= upper and upper < math.inf or bounded and not math.isfinite(high - low):
         return NOT_SUPPORTED
     return SUPPORTED if lower < low and (high < upper or upper == math.inf) else NOT_ENOUGH
 

@@ -98,7 +98,7 @@ def make_figure1(
             if not old:
                 np.save(path / "steps.npy", step_losses(of, errors[:ended], spikes(of), size(of), rng))
                 write_csv(path / "images.csv", images(errors[ended - 1] / 100, rows[-1]["val_loss"], rng))
-                write_csv(path / "layers.csv", layers(of, ended, epochs, lambdas, spread, rng))
+                write_csv(path / "layers.csv", layers(of, ended, epochs, lambdas, spread, 0.3 * noise, rng))
     return folder
 
 
@@ -123,12 +123,12 @@ def images(error: float, loss: float, rng, number=40) -> list[dict]:
     ]
 
 
-def layers(of: Setting, ended: int, epochs: int, lambdas: Callable[[int], float], spread, rng) -> list[dict]:
+def layers(of: Setting, ended: int, epochs: int, lambdas: Callable[[int], float], spread, noise, rng) -> list[dict]:
     """Rows of layers.csv: ten stages with a layer each, named as the networks name theirs."""
     segnet = of.network == "segnet"
     names = [f"encoder.{i}.0" if segnet else f"encoder.{i}.final" for i in range(5)]
     names += [f"decoder.{i}.0" if segnet else f"decoder.{4 - i}.final" for i in range(5)]
-    offsets, rows = 0.03 * rng.standard_normal(len(names)), []
+    offsets, rows = noise * rng.standard_normal(len(names)), []
     for epoch in range(ended + 1):
         for layer, level, offset in zip(names, LEVELS, offsets, strict=True):
             mean = 1 + (lambdas(level) + offset - 1) * epoch / epochs

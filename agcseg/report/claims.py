@@ -28,6 +28,7 @@ ABOUT_ONE, NEAR_ZERO = (0.75, 1.25), (-0.25, 0.25)  # the mean λ of a layer
 MOVED = 0.1  # λ in half of the layers has left its start by this much; before that it only tells how it started
 FASTER, LIGHTER = 1.15, 0.9  # half of the paper's gain in speed; at least a tenth less memory
 FEWEST_EPOCHS = 5  # to time a run
+FEWEST_STEPS = 500  # to count a run's spikes
 
 Condition = tuple[str, int, float]  # network, minibatch and rate: what the two sides of BN against AGC share
 
@@ -102,9 +103,9 @@ def _judge(what: str, estimate: Estimate | str, band: tuple[float, float], wante
     """A part of a claim: `estimate` must lie in `band`, which `wanted` puts into words."""
     if isinstance(estimate, str):
         return Part(f"{NOT_ENOUGH}: {what}: {estimate}", NOT_ENOUGH, NOT_ENOUGH, False)
-    value, low, high, basis, weak = estimate
+    value, low, high, basis, weak, leans = estimate
     known = not math.isnan(low)
-    leaning = decide((low, high) if known else (value, value), band)
+    leaning = decide((low, high) if known else (value, value), band) if leans else NOT_ENOUGH
     verdict = NOT_ENOUGH if weak else leaning
     range_of = "95 % interval" if math.isfinite(high - low) else "from seed to seed"  # diverged runs are infinitely bad
     interval = f", {range_of} {low:{form}} to {high:{form}}" if known else ""
@@ -179,6 +180,7 @@ def _spikes(cells: Cells, pairs: list[Condition]) -> list[Part]:
     for agc, bn, where in map(_both, pairs):
         often = _pair(cells, bn, agc, measures.spike_rate, resample=_by_epochs, source="steps.npy")
         large = _pair(cells, bn, agc, measures.spike_size, source="steps.npy")
+        often, large = (_if_long_enough(estimate, cells, bn, agc) for estimate in (often, large))
         counted = "" if isinstance(often, str) else f" ({_counted(cells[bn], 'BN')}; {_counted(cells[agc], 'AGC')})"
         parts.append(_judge(f"{where}: spikes per 1000 steps, BN − AGC{counted}", often, (0, math.inf), "above 0"))
         parts.append(_judge(f"{where}: size of a spike in doublings, BN − AGC", large, (0, math.inf), "above 0"))
@@ -191,6 +193,15 @@ def _by_epochs(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str]:
     epochs = min(map(len, counts))
     more = (counts[0][-epochs:] - counts[1][-epochs:]) * 1000 / ours.steps.shape[1]
     return *bootstrap(lambda drawn: more[drawn].mean(1), epochs), f"one seed; over {epochs} epochs, not over trainings"
+
+
+def _if_long_enough(estimate: Estimate | str, cells: Cells, *settings: Setting) -> Estimate | str:
+    if isinstance(estimate, str):
+        return estimate
+    runs = [run for of in settings for run in cells[of].values() if run.state != "diverged"]
+    steps = min((measures.step_losses(run, run.last_epoch).size for run in runs), default=FEWEST_STEPS)
+    short = f"a run has only {steps} steps, fewer than {FEWEST_STEPS}"
+    return estimate._replace(weak=short, leans=False) if steps < FEWEST_STEPS else estimate
 
 
 def _counted(seeds: Seeds, norm: str) -> str:
@@ -229,13 +240,14 @@ def _of_layers(seeds: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
         return "there is no such layer"
     epoch, planned = common_epoch(runs), runs[0].epochs
     weak = "one seed" if len(runs) == 1 else "the runs are unfinished" if epoch < planned else ""
-    if any(measures.lambda_moved(run.layers) < MOVED for run in runs):
-        weak = f"λ has hardly left its start (in half of the layers by less than {MOVED:g})"
+    still = any(measures.lambda_moved(run.layers) < MOVED for run in runs)
+    if still:
+        weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}"
     interval, basis = (math.nan, math.nan), "one seed, no interval"
     if len(runs) > 1:
         interval, basis = t_interval(values), f"{len(runs)} seeds"
     basis += f", at epoch {epoch} of {planned}" * (epoch < planned)
-    return Estimate(float(np.mean(values)), *interval, basis, weak)
+    return Estimate(float(np.mean(values)), *interval, basis, weak, not still)
 
 
 def _costs(cells: Cells, pairs: list[Condition]) -> list[Part]:

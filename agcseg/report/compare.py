@@ -35,6 +35,7 @@ class Estimate(NamedTuple):
     high: float
     basis: str  # what the interval is over
     weak: str = ""  # why it decides nothing; empty if it does
+    leans: bool = True  # whether it says anything at all
 
 
 def setting(run: Run) -> Setting:
@@ -128,7 +129,7 @@ def compare(
     if epoch < planned and any(run.state != "diverged" for run in runs):
         basis, weak = f"{basis}, at epoch {epoch} of {planned}", weak or "the runs are unfinished"
     if all(run.at("pixel_error", epoch) >= run.commonest_class_error for run in runs):
-        weak = "no run is better than naming the commonest class"
+        return estimate._replace(basis=basis, weak="no run is better than naming the commonest class", leans=False)
     return estimate._replace(basis=basis, weak=weak)
 
 

@@ -22,8 +22,9 @@ from agcseg.report.tables import EXPLAINED, panel_table, reached_table, summaris
 HOW = """A verdict is "supported" if the whole 95 % interval lies where the claim puts it, "not supported" if all of it
 lies elsewhere, else "not enough data". Differences are paired by seed (Student's t). One seed decides nothing that
 depends on how a training goes: its interval covers the choice of validation images only, and where it leans is said in
-brackets. A diverged run counts as infinitely bad. Time and memory are compared on the same device only. A spike is a
-stretch of steps whose loss is above 3 times the median of the 100 steps before; its size is peak / median."""
+brackets. A diverged run counts as infinitely bad. Time and memory are compared on the same device only, and say nothing
+if other programs shared it. A spike is a stretch of steps whose loss is above 3 times the median of the 100 steps
+before; its size is peak / median."""
 PAPER = "The paper: Cityscapes, 256x512, 150 epochs, SegNet and ClassNet at full width, one run each."
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:0 1rem;color:#222}
 img{max-width:100%;height:auto}div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}

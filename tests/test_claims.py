@@ -8,7 +8,7 @@ from fake_figure1 import PAPER, make_figure1
 
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report import cells, read_runs, verdicts
+from agcseg.report import cells, figure1, read_folder, read_runs, verdicts
 from agcseg.report.compare import by_images, common_epoch, compare, is_figure1, relative
 from agcseg.report.measures import final_error, levels, spike_rate, spike_size, spikes_per_epoch
 from agcseg.report.statistics import bootstrap, decide, spikes, t_interval, t_quantile
@@ -97,6 +97,23 @@ def test_one_seed_decides_no_training_but_says_where_it_leans(tmp_path):
 def test_one_diverged_run_decides(tmp_path):
     answer = verdict(1, tmp_path, seeds=(1,), runs=PAIR, diverged=lambda of, seed: of == AGC)
     assert answer.verdict == NO and "1 of 2 runs diverged" in answer.parts[0].text and "+inf" in answer.parts[0].text
+
+
+def test_a_run_that_diverged_in_its_first_epoch_is_an_answer(tmp_path):
+    make_figure1(tmp_path, runs=(*PAIR, *FAST), epochs=12, noise=0.02)
+    for name in ("metrics.csv", "steps.npy", "layers.csv", "images.csv"):
+        for of in (BN, *FAST[:1]):
+            (tmp_path / f"{of.name}-seed2" / name).unlink()
+            result = (
+                '{"state": "diverged", "reason": "the loss became nan in epoch 1", "epochs": 0, "device": "Some GPU"}'
+            )
+            (tmp_path / f"{of.name}-seed2" / "result.json").write_text(result)
+    runs, broken, notes = read_folder(tmp_path)
+    assert len(runs) == 18 and not broken and not notes
+    answers = verdicts(cells(runs)[0])
+    assert [answer.verdict for answer in answers] == [NO, OPEN, OPEN, NO, YES, YES, YES]
+    assert "1 of 6 runs diverged" in answers[0].parts[0].text and "(2 seeds, paired)" in answers[6].parts[0].text
+    figure1(cells(runs)[0])
 
 
 def test_both_sides_diverged(tmp_path):

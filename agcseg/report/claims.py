@@ -15,7 +15,7 @@ import numpy as np
 from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
 from agcseg.report import measures
-from agcseg.report.compare import Cells, Estimate, Seeds, by_images, common_epoch, compare, label, relative
+from agcseg.report.compare import Cells, Estimate, Seeds, by_images, compare, label, relative
 from agcseg.report.read import NAMES, Run
 from agcseg.report.statistics import NOT_ENOUGH, bootstrap, combine, decide, spikes, t_interval
 
@@ -238,15 +238,16 @@ def _of_layers(seeds: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
     values = [measure(run) for run in runs]
     if not np.isfinite(values).all():
         return "there is no such layer"
-    epoch, planned = common_epoch(runs), runs[0].epochs
-    weak = "one seed" if len(runs) == 1 else "the runs are unfinished" if epoch < planned else ""
+    reached, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
+    unfinished = reached[0] < planned
+    weak = "one seed" if len(runs) == 1 else "the runs are unfinished" if unfinished else ""
     still = any(measures.lambda_moved(run.layers) < MOVED for run in runs)
     if still:
         weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}"
     interval, basis = (math.nan, math.nan), "one seed, no interval"
     if len(runs) > 1:
         interval, basis = t_interval(values), f"{len(runs)} seeds"
-    basis += f", at epoch {epoch} of {planned}" * (epoch < planned)
+    basis += f", at epoch {' and '.join(map(str, reached))} of {planned}" * unfinished
     return Estimate(float(np.mean(values)), *interval, basis, weak, not still)
 
 
@@ -285,8 +286,9 @@ def _unlike(agc: Seeds, bn: Seeds) -> str:
 def _ratio(agc: Seeds, bn: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
     """One pair of runs decides too: time and memory do not depend on how the training goes."""
     pairs = [(agc[seed], bn[seed]) for seed in sorted(agc.keys() & bn.keys())]
+    pairs = [pair for pair in pairs if all(measure(run) > 0 for run in pair)]  # not those that failed at once
     ratios = [measure(ours) / measure(theirs) for ours, theirs in pairs]
-    if not np.isfinite(ratios).all():
+    if not ratios:
         return "needs images_per_second and peak_memory_mib in metrics.csv"
     epochs = min(len(measures.speeds(run)) for pair in pairs for run in pair)
     weak = f"fewer than {FEWEST_EPOCHS} epochs were timed" if epochs < FEWEST_EPOCHS else ""

@@ -118,8 +118,8 @@ def compare(
     unmeasured = [name for name, value in measured.items() if math.isnan(value)]
     if unmeasured:
         return f"needs {source} of {', '.join(unmeasured)}"
-    gaps = [gap(measured[ours[seed].name], measured[theirs[seed].name]) for seed in seeds]
-    gaps = [value for value in gaps if not math.isnan(value)]  # infinite on both sides
+    pairs = [(measured[ours[seed].name], measured[theirs[seed].name]) for seed in seeds]
+    gaps = [(difference if math.inf in pair else gap)(*pair) for pair in pairs if pair != (math.inf, math.inf)]
     if not gaps:
         return "both sides diverged"
     estimate = _estimate(gaps, seeds, ours, theirs, epoch, resample)
@@ -154,6 +154,8 @@ def by_images(which: int, gap: Callable = difference) -> Callable:
             return None  # images.csv is of the last epoch only
         pairs = np.array([[ours.images[name][which], theirs.images[name][which]] for name in ours.images])
         pairs = pairs[np.isfinite(pairs).all(1)] * (100 if which == 0 else 1)
+        if not len(pairs):
+            return None
         low, high = bootstrap(lambda drawn: gap(pairs[drawn, 0].mean(1), pairs[drawn, 1].mean(1)), len(pairs))
         return low, high, f"one seed; over its {len(pairs)} validation images only, not over trainings"
 

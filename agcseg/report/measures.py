@@ -20,7 +20,7 @@ def mean_error(run: Run, epoch: int) -> float:
 
 def final_loss(run: Run, epoch: int) -> float:
     """Infinite for a diverged run."""
-    return math.inf if run.state == "diverged" else run.at("val_loss", epoch)
+    return math.inf if run.state == "diverged" else run.at("val_loss", epoch) or math.nan
 
 
 def step_losses(run: Run, epoch: int) -> np.ndarray:
@@ -30,16 +30,20 @@ def step_losses(run: Run, epoch: int) -> np.ndarray:
 
 
 def spike_rate(run: Run, epoch: int) -> float:
-    """Spikes per 1000 steps. Divergence counts as one."""
+    """Spikes per 1000 steps. Divergence is one; in the first epoch, of which no steps are kept, infinitely many."""
     losses = step_losses(run, epoch).ravel()
+    if run.state == "diverged" and not run.last_epoch:
+        return math.inf
     return 1000 * (len(spikes(losses)[0]) + (run.state == "diverged")) / len(losses) if len(losses) else math.nan
 
 
 def spike_size(run: Run, epoch: int) -> float:
     """Mean log2 of a run's spikes (peak / median); where it has none, of the threshold; infinite for a diverged run."""
     losses = step_losses(run, epoch).ravel()
-    if run.state == "diverged" or not len(losses):
-        return math.inf if len(losses) else math.nan
+    if run.state == "diverged" and (len(losses) or not run.last_epoch):
+        return math.inf
+    if not len(losses):
+        return math.nan
     sizes = spikes(losses)[1]
     return float(np.log2(sizes).mean()) if len(sizes) else math.log2(FACTOR)
 

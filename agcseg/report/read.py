@@ -105,7 +105,9 @@ def read_folder(folder: str | Path) -> tuple[list[Run], list[str], list[str]]:
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
         try:
-            if len(missing) == 1:
+            if missing == ["metrics.csv"] and (_read(path / "result.json", _result) or {}).get("state") == "diverged":
+                runs.append(_read_run(path, broken))  # in its first epoch
+            elif len(missing) == 1:
                 notes.append(f"{path.name} is left out: it has no {missing[0]} (perhaps it has just begun)")
             elif not missing:
                 runs.append(_read_run(path, broken))
@@ -129,7 +131,7 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 def _read_run(path: Path, broken: list[str]) -> Run:
     result = _read(path / "result.json", _result) or {"state": "unfinished"}
-    rows = _read(path / "metrics.csv", _metrics)
+    rows = _read(path / "metrics.csv", _metrics) or {"epoch": []}
     run = _read(path / "config.yaml", lambda file: _run(path, result, rows, OmegaConf.load(file)))
     for name, reader in (("steps.npy", _steps), ("layers.csv", _layers), ("images.csv", _images)):
         try:

@@ -125,12 +125,13 @@ def compare(
     estimate = _estimate(gaps, seeds, ours, theirs, epoch, resample)
     planned, diverged = runs[0].epochs, sum(run.state == "diverged" for run in runs)
     basis = estimate.basis + f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
-    weak = estimate.weak
+    weak, leans = estimate.weak, True
     if epoch < planned and any(run.state != "diverged" for run in runs):
-        basis, weak = f"{basis}, at epoch {epoch} of {planned}", weak or "the runs are unfinished"
+        basis, weak = f"{basis}, at epoch {epoch} of {planned}", "the runs are unfinished"
+        leans = not math.isnan(estimate.low)
     if all(run.at("pixel_error", epoch) >= run.commonest_class_error for run in runs):
-        return estimate._replace(basis=basis, weak="no run is better than naming the commonest class", leans=False)
-    return estimate._replace(basis=basis, weak=weak)
+        weak, leans = "no run is better than naming the commonest class", False
+    return estimate._replace(basis=basis, weak=weak, leans=leans)
 
 
 def _estimate(gaps, seeds, ours, theirs, epoch, resample) -> Estimate:

@@ -221,7 +221,7 @@ def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
     if curves:
         axis.set_xlim(0.5, max(run.epochs for run, _ in curves) + 0.5)
         axis.plot([], [], ls="", label=_off(curves, high))  # a line of the legend; none if empty
-        axis.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", loc="upper right")
+        axis.legend(fontsize=8.5, framealpha=0.7, edgecolor="none", loc="upper right")
         axis.locator_params(axis="x", integer=True)
     else:
         axis.set(xticks=[], yticks=[])

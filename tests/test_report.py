@@ -1,18 +1,34 @@
 """The report on a made-up folder of runs."""
 
+import base64
 import csv
+import io
 import json
 import math
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from fake_figure1 import make_figure1
 from PIL import Image
 
 from agcseg.cli.report import main
 from agcseg.errors import UserError
-from agcseg.report import Run, figure, read_folder, read_runs, summarise, write_report
+from agcseg.figure1 import RUNS
+from agcseg.report import (
+    Run,
+    cells,
+    figure,
+    figure1,
+    lambda_figure,
+    read_folder,
+    read_runs,
+    summarise,
+    write_report,
+)
+from agcseg.report.tables import reached_table
 
 HEADER = (
     "epoch,samples,rate,train_loss,val_loss,pixel_error,pixel_error_all,miou,gradient_norm,images_per_second,seconds,"
@@ -147,8 +163,8 @@ def test_nothing_to_report(tmp_path, folder, capsys):
 
 
 def test_files_written(folder):
-    paths = write_report(folder)
-    assert sorted(p.name for p in paths) == ["figure.png", "predictions.png", "report.csv", "report.md"]
+    paths, answers = write_report(folder)
+    assert sorted(p.name for p in paths) == ["figure.png", "predictions.png", "report.csv", "report.html", "report.md"]
     assert not [p for p in folder.iterdir() if p.is_file() and p not in paths]  # no temporary files
     with open(folder / "report.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -167,12 +183,12 @@ def ink(path):
 
 def test_figure_is_drawn(folder, tmp_path):
     runs = read_runs(folder)
-    figure(runs, tmp_path / "all.png")
+    figure(runs).savefig(tmp_path / "all.png")
     size, pixels = ink(tmp_path / "all.png")
     assert size == (1176, 696)
     for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)):  # one per minibatch
         assert (pixels == colour).all(axis=1).sum() > 20
-    figure([r for r in runs if r.minibatch == 4], tmp_path / "part.png")
+    figure([r for r in runs if r.minibatch == 4]).savefig(tmp_path / "part.png")
     assert not (ink(tmp_path / "part.png")[1] == (0x00, 0x9E, 0x73)).all(axis=1).any()
 
 
@@ -185,13 +201,13 @@ def test_figure_of_several_seeds_twins_networks_and_nothing_measured(tmp_path):
     make_run(tmp_path, "new", [], "other", state="unfinished")
     runs = read_runs(tmp_path)
     assert [run.norm for run in runs] == ["bn"] * 3 + ["agc"] * 2 + ["group", "other"]
-    figure(runs, tmp_path / "figure.png")
+    figure(runs).savefig(tmp_path / "figure.png")
     assert ink(tmp_path / "figure.png")[0] == (2040, 696)
     runs[0].network = "other"  # a pair of rows of its own
-    figure(runs, tmp_path / "figure.png")
+    figure(runs).savefig(tmp_path / "figure.png")
     assert ink(tmp_path / "figure.png")[0] == (2040, 1392)
     for run in runs[-2:]:
-        figure([run], tmp_path / "figure.png")
+        figure([run]).savefig(tmp_path / "figure.png")
 
 
 def test_title_names_the_data():
@@ -220,3 +236,168 @@ def test_program_help_and_imports(folder, capsys):
     assert stop.value.code == 0 and "agcseg-report outputs/demo" in capsys.readouterr().out
     check = "import agcseg.report, sys; print([m for m in ('hydra', 'matplotlib.pyplot') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
+
+
+def blocks_of(page):
+    """Tags that are opened and not closed, and the sources of the pictures, of an HTML page."""
+
+    class Reader(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.sources, self.tags = [], [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.tags.append(tag)
+            self.sources += [value for key, value in attributes if key in ("src", "href")]
+            if tag not in ("meta", "img"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    reader = Reader()
+    reader.feed(page)
+    return reader
+
+
+def test_report_of_figure1(tmp_path, capsys):
+    folder = make_figure1(
+        tmp_path / "figure1", seeds=(1, 2), runs=[run for run in RUNS if run.rate != 0.32], epochs=12,
+        diverged=lambda of, seed: of.rate == 0.64, reached=lambda of, seed: 9 if of.minibatch == 1 else 12,
+    )  # fmt: skip
+    picture = np.random.default_rng(0).integers(255, size=(128, 4 * 258, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "segnet-bn-mb4-lr0.08-seed1" / "predictions.png")
+    assert main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        "figure1.png", "lambda.png", "predictions.png", "report.csv", "report.html", "report.md",
+    ]  # fmt: skip
+    lines = [line for line in out.splitlines() if line.startswith("claim ")]
+    assert len(lines) == 7 and lines[0].startswith("claim 1: AGC equals batch normalisation (BN) in final error: ")
+    assert lines[2].endswith(": not enough data")
+
+    page, text = ((folder / name).read_text() for name in ("report.html", "report.md"))
+    reader = blocks_of(page)
+    assert not reader.open and "script" not in reader.tags and 'name="viewport"' in page
+    assert len(reader.sources) == 3 and all(source.startswith("data:image/") for source in reader.sources)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in reader.sources]
+    for size, name in zip(sizes, ("figure1.png", "lambda.png", "predictions.png"), strict=True):
+        with Image.open(folder / name) as there:
+            assert there.size == size and f"]({name})" in text
+    assert 'class="not-enough-data">not enough data' in page and 'class="supported">supported' in page
+    for content in (page, text):
+        assert "11 of the 12 settings of Figure 1 are there" in content and "Cityscapes, 256x512, 150 epochs" in content
+        assert "needs SegNet AGC, minibatch 8, rate 0.32" in content
+        assert "segnet-agc-mb8-lr0.64-seed2 diverged: the loss became nan" in content
+    panel = {line.split(" | ")[1]: line.split(" | ") for line in text.splitlines() if line.startswith("| h | ")}
+    assert panel["SegNet AGC, minibatch 8, rate 0.32"][2:5] == ["0", "12", "no run"]
+    assert panel["SegNet AGC, minibatch 8, rate 0.64"][4] == "2 diverged"
+    assert "| d | ClassNet AGC, minibatch 4, rate 0.08 | 2 | 12 | " in text and " | 5.34% |" in text
+    assert "| a | SegNet BN, minibatch 4, rate 0.08 | 2 | 9 | " in text  # where minibatch 1 has come to
+    runs = {run.name: run for run in read_runs(folder)}
+    both = [100 * runs[f"segnet-bn-mb4-lr0.08-seed{seed}"].at("pixel_error", 9) for seed in (1, 2)]
+    assert f"| 2 | 9 | {np.mean(both):.2f}% ({min(both):.2f}% to {max(both):.2f}%) | 9.57% |" in text
+
+
+def test_figure1_shows_what_is_there_and_names_what_is_not(tmp_path):
+    make_figure1(tmp_path, seeds=(1, 2), runs=RUNS[:6], epochs=12, noise=0.5)
+    kept, _ = cells(read_runs(tmp_path))
+    axes = figure1(kept).axes
+    texts = ["\n".join(text.get_text() for text in axis.texts) for axis in axes]
+    lines = [[line for line in axis.lines if len(line.get_xdata())] for axis in axes]
+    assert [len(drawn) for drawn in lines] == [3, 2, 2, 0, 2, 0, 2, 0]
+    assert texts[0] == "" and texts[1] == "no run of\nSegNet AGC, minibatch 8, rate 0.16"
+    assert (
+        texts[3] == texts[5] == "no run of\nClassNet BN, minibatch 4, rate 0.08\nClassNet AGC, minibatch 4, rate 0.08"
+    )
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_xlim() == (0.5, 12.5)
+    runs = [kept[RUNS[1]][seed] for seed in (1, 2)]
+    both = 100 * np.array([run.column("pixel_error") for run in runs])
+    (mean,) = [line for line in lines[2] if line.get_label().startswith("BN: ")]
+    assert mean.get_ydata() == pytest.approx(both.mean(0)) and mean.get_label().endswith(
+        f"{both[:, -1].mean():.1f} %, 2 seeds"
+    )
+    band = axes[2].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((both.min(), both.max()))
+    legend = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert legend[0].startswith("minibatch 1, rate 0.02: ") and len(legend) in (3, 4)
+
+
+def test_a_spike_does_not_squash_the_scale(tmp_path):
+    make_figure1(tmp_path, seeds=(1,), runs=RUNS[:2], epochs=30)
+    kept, _ = cells(read_runs(tmp_path))
+    before = figure1(kept).axes[0].get_ylim()
+    kept[RUNS[0]][1].rows["pixel_error"][20] = 9.9
+    axis = figure1(kept).axes[0]
+    assert axis.get_ylim() == pytest.approx(before, abs=5)
+    assert axis.get_legend().get_texts()[-1].get_text() == "off the scale: up to 990"
+
+
+def test_lambda_figure(tmp_path):
+    make_figure1(tmp_path, seeds=(1,), runs=RUNS[5:6] + RUNS[-1:], epochs=6)
+    runs = read_runs(tmp_path)
+    axes = lambda_figure(runs).axes
+    (left,) = [axis for axis in axes if "encoder.0.0" in [text.get_text() for text in axis.get_yticklabels()]][:1]
+    dots = left.collections[-1].get_offsets()
+    segnet = next(run for run in runs if run.network == "segnet")
+    assert dots[:, 0].tolist() == pytest.approx(segnet.layers.values["lambda_mean"][-1].tolist())
+    meshes = [axis.collections[0].get_array() for axis in axes if axis.get_title() == "mean λ over the epochs"]
+    assert [mesh.shape for mesh in meshes] == [(10, 7), (10, 7)] and np.allclose(meshes[0][:, 0], 1)
+
+
+def test_epochs_until_the_other_is_reached(tmp_path):
+    make_run(tmp_path, "bn", [0.5, 0.4, 0.3])
+    make_run(tmp_path, "agc", [0.3, 0.25, 0.2], "agc")
+    make_run(tmp_path, "bn1", [0.5], minibatch=1, state="diverged")
+    make_run(tmp_path, "agc1", [0.5, 0.4], "agc", minibatch=1, state="unfinished")
+    kept, _ = cells(read_runs(tmp_path))
+    assert reached_table(kept)[1:] == [
+        ["SegNet", "1", "0.02", "0", "diverged", "", "40.00% at epoch 2", "not in 1 epochs"],
+        ["SegNet", "4", "0.08", "0", "30.00%", "epoch 1", "20.00%", "not in 3 epochs"],
+    ]
+
+
+def test_older_runs_have_a_report_without_what_they_lack(tmp_path, capsys):
+    folder = make_figure1(tmp_path / "figure1", seeds=(1,), runs=RUNS[:6], epochs=4, old=True)
+    assert main([str(folder)]) == 0
+    assert not (folder / "lambda.png").exists()
+    text = (folder / "report.md").read_text()
+    for needed in ("steps.npy", "layers.csv"):
+        assert f"needs {needed} of segnet-" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("steps.npy", b"no numbers", "steps.npy: "),
+        ("steps.npy", np.zeros(3), "expected numbers of shape (epochs, steps, parts)"),
+        ("layers.csv", b"epoch,layer\n", "expected the columns"),
+        ("layers.csv", None, "layers in each of 5 epochs, found 49 rows"),
+        ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1\n", "line 2"),
+        ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1,2,b\n", "could not convert"),
+    ],
+)
+def test_a_run_without_its_broken_extras_is_still_reported(tmp_path, capsys, name, content, says):
+    make_figure1(tmp_path, seeds=(1,), runs=RUNS[5:6], epochs=4)
+    (path,) = tmp_path.iterdir()
+    if content is None:
+        content = "\n".join((path / name).read_text().splitlines()[:-1]).encode()
+    if isinstance(content, bytes):
+        (path / name).write_bytes(content)
+    else:
+        np.save(path / name, content)
+    (run,), (line,), notes = read_folder(tmp_path)
+    assert line.startswith(f"{path / name}: ") and says in line and not notes
+    assert getattr(run, name.partition(".")[0]) is None and run.last_epoch == 4
+
+
+def test_margin_of_the_program(tmp_path, capsys):
+    folder = make_figure1(tmp_path / "a", seeds=(1, 2), runs=RUNS[1:2] + RUNS[5:6], epochs=4, noise=0.01, name="pair")
+    assert main([str(folder), "--margin", "2"]) == 0
+    assert "expected within ±2" in (folder / "report.md").read_text()
+    before = (folder / "report.md").read_bytes()
+    capsys.readouterr()
+    assert main([str(folder), "--margin", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("agcseg-report: error: margin 0: must be positive") and err.count("\n") == 1
+    assert (folder / "report.md").read_bytes() == before

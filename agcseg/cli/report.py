@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 
 from agcseg.errors import UserError
-from agcseg.report import read_folder, summarise, table_text, write_report
+from agcseg.report import MARGIN, read_folder, summarise, table_text, write_report
 
 # To fit a terminal, these columns are dropped from the table where all runs agree in them, and said once above it.
 SAID_ONCE = ("network", "width", "data", "size", "seed", "commonest class")
@@ -19,9 +19,14 @@ example:
 A run is a subfolder with config.yaml and metrics.csv. Runs may still be going on: report again whenever you like.
 
 written into FOLDER:
-  figure.png       validation pixel error and loss against the epoch, one column per normalisation
-  report.md        the table, with how each diverged run ended
-  report.csv       the table for programs: errors are fractions, not %
+  report.html      everything below in one file that can be sent by itself: verdicts on the paper's claims, the curves,
+                   tables, λ, predictions, and how each diverged run ended
+  report.md        the same as Markdown, beside its pictures
+  report.csv       the table of runs for programs: errors are fractions, not %
+  figure1.png      the eight panels of the paper's Figure 1, where FOLDER holds the paper's experiment: runs whose
+                   configuration is named figure1, or most of its twelve settings
+  figure.png       else: validation pixel error and loss against the epoch, one column per normalisation
+  lambda.png       λ of every layer, at the end and over the epochs (where AGC runs have recorded it)
   predictions.png  the first validation image as each run predicts it (where runs have stored predictions)
 
 exit code: 0 all is well, 1 some files are broken (the other runs are reported), 2 nothing to report
@@ -32,15 +37,23 @@ def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-report; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="agcseg-report",
-        description="Compare the training runs of one folder: draws their curves and lists what they reached.",
+        description="Compare the training runs of one folder: their curves, what they reached, the paper's claims.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder with one subfolder per run, such as outputs/demo")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        metavar="POINTS",
+        help="pixel errors no further apart than this count as equal in the verdicts (default: %(default)g)",
+    )
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
     try:
         runs, broken, notes = read_folder(folder)
-        paths = write_report(folder, (runs, broken, notes))
+        paths, answers = write_report(folder, (runs, broken, notes), arguments.margin)
     except (UserError, OSError) as error:
         print(f"agcseg-report: error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         ]
         print("  ".join(cells).rstrip())
     print()
+    for answer in answers:
+        print(f"claim {answer.number}: {answer.claim}: {answer.answer}")
+    print("\n" * bool(answers), end="")
     for note in [*(f"{run.name} diverged: {run.reason}" for run in runs if run.reason), *notes]:
         print(f"note: {note}")
     for line in broken:

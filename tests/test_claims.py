@@ -1,0 +1,343 @@
+"""Verdicts on the paper's claims, from made-up runs of which the answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from fake_figure1 import PAPER, make_figure1
+
+from agcseg.errors import UserError
+from agcseg.figure1 import RUNS, Setting
+from agcseg.report import cells, figure1, read_folder, read_runs, verdicts
+from agcseg.report.compare import by_images, common_epoch, compare, is_figure1, relative
+from agcseg.report.measures import final_error, levels, spike_rate, spike_size, spikes_per_epoch
+from agcseg.report.statistics import bootstrap, decide, spikes, t_interval, t_quantile
+
+YES, NO, OPEN = "supported", "not supported", "not enough data"
+BN, AGC = Setting("segnet", "bn", 4, 0.08), Setting("segnet", "agc", 4, 0.08)
+PAIR = (BN, AGC, *RUNS[-2:])
+SCALED = tuple(of for of in RUNS[:7] if of.rate == pytest.approx(0.02 * of.minibatch))
+RATES = tuple(of for of in RUNS if of.minibatch == 8 and of.norm == "agc")
+FAST = tuple(of for of in RUNS if of[2:] == (8, 0.16))
+
+
+def verdict(number, folder, margin=1.0, **options):
+    make_figure1(folder / "figure1", **{"noise": 0.01, "epochs": 12, "seeds": (1, 2), **options})
+    return verdicts(cells(read_runs(folder / "figure1"))[0], margin)[number - 1]
+
+
+def is_agc(points):
+    return lambda of: points if of.norm == "agc" else 0.0
+
+
+CASES = [
+    (1, YES, PAIR, {}),
+    (1, NO, PAIR, {"shift": is_agc(3.0)}),
+    (1, NO, PAIR, {"shift": is_agc(-3.0)}),  # better is not equal either
+    (1, OPEN, PAIR, {"noise": 3.0}),
+    (1, NO, PAIR, {"diverged": lambda of, seed: of == AGC and seed == 2}),
+    (2, YES, SCALED, {}),
+    (2, NO, SCALED, {"shift": lambda of: 0.0}),  # BN at minibatch 1 is as good
+    (2, NO, SCALED, {"shift": lambda of: 3.0 if of.minibatch == 1 else 0.0}),  # AGC at minibatch 1 is worse
+    (2, OPEN, SCALED, {"shift": lambda of: 1.0 if of[1:3] == ("bn", 1) else 0.0, "noise": 0.2}),
+    (2, YES, SCALED, {"diverged": lambda of, seed: of[1:3] == ("bn", 1)}),  # that is worse, too
+    (3, YES, RATES, {}),
+    (3, NO, RATES, {"shift": lambda of: 3.0 if of.rate == 0.16 else 0.0}),
+    (3, OPEN, RATES, {"noise": 3.0}),
+    (3, YES, RATES, {"diverged": lambda of, seed: of.rate == 0.64}),
+    (3, NO, RATES, {"diverged": lambda of, seed: of.rate == 0.16}),
+    (4, YES, PAIR, {}),
+    (4, NO, PAIR, {"loss": lambda of: 0.9 if of.norm == "agc" else 1.0}),
+    (4, NO, PAIR, {"loss": lambda of: 2.0 if of.norm == "agc" else 1.0}),  # not "slightly"
+    (4, OPEN, PAIR, {"noise": 2.0}),
+    (5, YES, PAIR, {}),
+    (5, NO, PAIR, {"spikes": lambda of: 3 if of.norm == "bn" else 12}),
+    (5, NO, PAIR, {"size": lambda of: 5 if of.norm == "bn" else 12}),
+    (5, NO, PAIR, {"spikes": lambda of: 0}),
+    (5, YES, PAIR, {"spikes": lambda of: 12 if of.norm == "bn" else 0}),
+    (5, OPEN, PAIR, {"old": True}),
+    (5, OPEN, PAIR, {"epochs": 9}),  # 450 steps
+    (6, YES, PAIR, {}),
+    (6, NO, PAIR, {"lambdas": lambda level: 1 - level / 4}),
+    (6, NO, PAIR, {"lambdas": lambda level: 3.0}),
+    (6, OPEN, PAIR, {"lambdas": lambda level: 1.0, "spread": 0.1}),  # where it started
+    (6, OPEN, PAIR, {"lambdas": lambda level: 0.74 * level / 4}),
+    (7, YES, FAST, {}),
+    (7, NO, FAST, {"speed": lambda of: 100.0}),
+    (7, NO, FAST, {"memory": lambda of: 1000.0}),
+    (7, OPEN, FAST, {"device": lambda of: f"GPU {of.norm}"}),
+    (7, OPEN, FAST, {"epochs": 4}),
+    (7, OPEN, FAST, {"old": True}),
+]
+
+
+@pytest.mark.parametrize(("number", "expected", "runs", "options"), CASES)
+def test_every_verdict_of_every_claim(tmp_path, number, expected, runs, options):
+    answer = verdict(number, tmp_path, runs=runs, **options)
+    assert answer.verdict == expected, "\n".join(part.text for part in answer.parts)
+
+
+def test_each_claim_can_end_in_each_way():
+    assert {(number, expected) for number, expected, *_ in CASES} == {
+        (n, v) for n in range(1, 8) for v in (YES, NO, OPEN)
+    }
+
+
+def test_one_seed_decides_no_training_but_says_where_it_leans(tmp_path):
+    make_figure1(tmp_path, seeds=(1,), noise=0.02)
+    answers = verdicts(cells(read_runs(tmp_path))[0])
+    assert [answer.verdict for answer in answers] == [OPEN] * 6 + [YES]
+    assert [answer.leaning for answer in answers] == [YES] * 6 + [""]
+    assert answers[0].answer == "not enough data (leans to supported)"
+    assert "over its 40 validation images only, not over trainings" in answers[0].parts[0].text
+    worse = verdict(1, tmp_path / "worse", seeds=(1,), runs=PAIR, shift=is_agc(3.0))
+    assert (worse.verdict, worse.leaning) == (OPEN, NO)
+
+
+def test_one_diverged_run_decides(tmp_path):
+    answer = verdict(1, tmp_path, seeds=(1,), runs=PAIR, diverged=lambda of, seed: of == AGC)
+    assert answer.verdict == NO and "1 of 2 runs diverged" in answer.parts[0].text and "+inf" in answer.parts[0].text
+
+
+def test_a_run_that_diverged_in_its_first_epoch_is_an_answer(tmp_path):
+    make_figure1(tmp_path, runs=(*PAIR, *FAST), epochs=12, noise=0.02)
+    for name in ("metrics.csv", "steps.npy", "layers.csv", "images.csv"):
+        for of in (BN, *FAST[:1]):
+            (tmp_path / f"{of.name}-seed2" / name).unlink()
+            result = (
+                '{"state": "diverged", "reason": "the loss became nan in epoch 1", "epochs": 0, "device": "Some GPU"}'
+            )
+            (tmp_path / f"{of.name}-seed2" / "result.json").write_text(result)
+    runs, broken, notes = read_folder(tmp_path)
+    assert len(runs) == 18 and not broken and not notes
+    answers = verdicts(cells(runs)[0])
+    assert [answer.verdict for answer in answers] == [NO, OPEN, OPEN, NO, YES, YES, YES]
+    assert "1 of 6 runs diverged" in answers[0].parts[0].text and "(2 seeds, paired)" in answers[6].parts[0].text
+    figure1(cells(runs)[0])
+
+
+def test_both_sides_diverged(tmp_path):
+    part = verdict(1, tmp_path, runs=PAIR, diverged=lambda of, seed: of.network == "segnet").parts[0]
+    assert part.verdict == OPEN and "both sides diverged" in part.text
+
+
+def test_missing_runs_are_named(tmp_path):
+    answer = verdict(1, tmp_path, runs=(BN, AGC))
+    assert answer.verdict == OPEN and answer.parts[0].verdict == YES and not answer.leaning
+    assert "needs ClassNet AGC, minibatch 4, rate 0.08 and ClassNet BN, minibatch 4, rate 0.08" in answer.parts[1].text
+    other = verdict(1, tmp_path / "other", runs=(BN,), seeds=(1,))
+    assert "needs SegNet AGC" in other.parts[0].text and "SegNet BN" not in other.parts[0].text
+
+
+def test_unfinished_runs_are_compared_where_all_have_been_and_decide_nothing(tmp_path):
+    part = verdict(1, tmp_path, runs=PAIR, reached=lambda of, seed: 8 if (of, seed) == (AGC, 2) else 99).parts[0]
+    assert (part.verdict, part.leaning) == (OPEN, YES)
+    assert "(the runs are unfinished)" in part.text and "at epoch 8 of 12" in part.text
+    make_figure1(tmp_path / "new", runs=(BN, AGC), reached=lambda of, seed: 10 if of == BN else 1)
+    runs = read_runs(tmp_path / "new")
+    assert common_epoch(runs) == 1
+    runs[0].rows = {key: [] for key in runs[0].rows}
+    assert common_epoch(runs) == 0
+    assert "needs an epoch" in verdicts(cells(runs)[0])[0].parts[0].text
+
+
+def test_runs_that_learned_nothing_are_not_equal(tmp_path):
+    part = verdict(1, tmp_path, runs=PAIR, shift=lambda of: 55.0).parts[0]
+    assert (part.verdict, part.leaning) == (OPEN, OPEN) and "commonest class" in part.text
+
+
+def test_runs_of_other_settings_are_not_compared(tmp_path):
+    make_figure1(tmp_path / "a", runs=PAIR, width=lambda of: 0.5 if of == BN else 0.25)
+    kept, notes = cells(read_runs(tmp_path / "a"))
+    assert BN not in kept and AGC in kept and len(notes) == 3
+    assert notes[0] == "segnet-bn-mb4-lr0.08-seed1 is not compared with the others: network.width is 0.5, not 0.25"
+    assert verdicts(kept)[0].verdict == OPEN
+    runs = read_runs(tmp_path / "a")
+    for run in runs:
+        run.settings["network.width"] = 1.0
+    for key, value in {
+        "data.size": [64, 128],
+        "epochs": 30,
+        "data.choice_seed": 1,
+        "norm.options.mean_scale": 0.5,
+    }.items():
+        run = next(run for run in runs if run.norm == "agc")
+        before, run.settings[key] = run.settings.get(key), value
+        left = [note for note in cells(runs)[1] if key in note]
+        assert len(left) == 1 and left[0].startswith(run.name)
+        run.settings[key] = before
+        if before is None:
+            del run.settings[key]
+    for key in ("data.root", "device", "seed", "name"):  # change nothing that is computed
+        runs[0].settings[key] = "other"
+    assert not cells(runs)[1]
+    runs[0].processes = 2  # batch normalisation's statistics are of each process
+    assert "processes is 2, not 1" in cells(runs)[1][0]
+
+
+def test_networks_of_other_data_are_reported_and_kept_apart(tmp_path):
+    make_figure1(tmp_path, runs=PAIR, seeds=(1,))
+    runs = read_runs(tmp_path)
+    for run in runs:
+        if run.network == "classnet":
+            run.settings["data.size"], run.size = [256, 256], (256, 256)
+    kept, notes = cells(runs)
+    assert len(kept) == 4 and len(notes) == 1
+    assert "ClassNet and SegNet differ in data.size ([256, 256] and [128, 256]): they are not compared" in notes[0]
+
+
+def test_runs_are_matched_by_settings_with_a_tolerance_on_the_rate(tmp_path):
+    make_figure1(tmp_path, runs=(BN, AGC), seeds=(1,), name="mine")
+    for path in tmp_path.iterdir():
+        path.rename(tmp_path / f"other-{path.name[7:9]}")
+    runs = read_runs(tmp_path)
+    runs[0].rate *= 1 + 1e-7
+    kept, _ = cells(runs)
+    assert {*kept} == {BN, AGC} and not is_figure1(runs, kept)
+    runs[0].settings["name"] = "figure1-small"
+    assert is_figure1(runs, kept)
+
+
+def test_most_of_the_settings_make_a_figure1(tmp_path):
+    make_figure1(tmp_path / "six", seeds=(1,), runs=RUNS[:6], name="mine")
+    make_figure1(tmp_path / "seven", seeds=(1,), runs=RUNS[:7], name="mine")
+    for folder, expected in (("six", False), ("seven", True)):
+        runs = read_runs(tmp_path / folder)
+        assert is_figure1(runs, cells(runs)[0]) == expected
+
+
+def test_twins_are_counted_once(tmp_path):
+    make_figure1(tmp_path, runs=(BN,), seeds=(1,))
+    (one,), (two,) = read_runs(tmp_path), read_runs(tmp_path)
+    two.name, two.state = "again", "unfinished"
+    for runs in ([one, two], [two, one]):
+        kept, notes = cells(runs)
+        assert kept[BN][1] is one and notes == [f"again is not compared: {one.name} has the same settings and seed"]
+
+
+def test_other_folders_have_the_verdicts_that_can_be_made(tmp_path):
+    wide = Setting("segnet", "bn", 2, 0.04), Setting("segnet", "agc", 2, 0.04)
+    make_figure1(tmp_path, runs=wide, noise=0.02, name="mine")
+    kept, _ = cells(read_runs(tmp_path))
+    answers = verdicts(kept, figure1=False)
+    assert [(answer.number, answer.verdict) for answer in answers] == [(n, YES) for n in (1, 4, 5, 6, 7)]
+    assert "SegNet, minibatch 2, rate 0.04" in answers[0].parts[0].text
+    assert verdicts({wide[0]: kept[wide[0]]}, figure1=False) == []
+
+
+def test_margin(tmp_path):
+    assert verdict(1, tmp_path / "a", runs=PAIR, shift=is_agc(0.5)).verdict == YES
+    kept, _ = cells(read_runs(tmp_path / "a" / "figure1"))
+    assert verdicts(kept, 0.2)[0].verdict == NO
+    for margin in (0, -1, math.nan, math.inf):
+        with pytest.raises(UserError, match="must be positive"):
+            verdicts(kept, margin)
+
+
+def test_pairs_are_taken_by_seed(tmp_path):
+    make_figure1(tmp_path, runs=(BN, AGC), seeds=(1, 2, 3))
+    kept, _ = cells(read_runs(tmp_path))
+    for seed in (1, 2, 3):  # seeds differ by far more than the two sides do
+        kept[BN][seed].rows["pixel_error"][-1] = 0.1 * seed
+        kept[AGC][seed].rows["pixel_error"][-1] = 0.1 * seed + 0.01 + 0.001 * seed
+    estimate = compare(kept[AGC], kept[BN], final_error)
+    assert estimate.value == pytest.approx(1.2) and estimate.high - estimate.low < 0.6
+    assert (estimate.low, estimate.high) == pytest.approx(t_interval([1.1, 1.2, 1.3]))
+    assert "same seed" in compare({1: kept[AGC][1]}, {2: kept[BN][2]}, final_error)
+
+
+def test_bootstrap_over_images_is_paired_and_agrees_with_theory(tmp_path):
+    make_figure1(tmp_path, runs=(BN, AGC), seeds=(1,))
+    kept, _ = cells(read_runs(tmp_path))
+    ours, theirs = kept[AGC][1], kept[BN][1]
+    rng = np.random.default_rng(1)
+    hard, extra = rng.uniform(0, 0.5, 400), 0.01 + 0.02 * rng.standard_normal(400)
+    theirs.images = {f"{i}": (h, 1.0) for i, h in enumerate(hard)}
+    ours.images = {f"{i}": (h, 1.1) for i, h in enumerate(hard + extra)}
+    low, high, basis = by_images(0)(ours, theirs, 20)
+    half = 1.96 * 100 * extra.std() / 20
+    assert (low, high) == pytest.approx((100 * extra.mean() - half, 100 * extra.mean() + half), abs=0.03)
+    assert "400 validation images" in basis and by_images(0)(ours, theirs, 20)[0] == low  # the same every time
+    assert by_images(1, relative)(ours, theirs, 20)[:2] == pytest.approx((0.1, 0.1))
+    assert by_images(0)(ours, theirs, 19) is None  # the images are of epoch 20
+    del ours.images["7"]
+    assert by_images(0)(ours, theirs, 20) is None
+
+
+def test_spikes_of_a_known_loss():
+    losses = np.ones(500)
+    losses[200] = 3.0  # not above 3 times the median
+    losses[300:303] = 4.0, 9.0, 5.0
+    losses[304] = 3.5
+    losses[5] = 100.0  # nothing before it to compare with
+    begins, sizes = spikes(losses)
+    assert begins.tolist() == [300, 304] and sizes.tolist() == [9.0, 3.5]
+    assert len(spikes(np.ones(20))[0]) == 0 and len(spikes(np.r_[np.ones(20), 4.0])[0]) == 1
+    rise = np.r_[np.ones(250), 10 * np.ones(250)]  # a new level is one spike, of as long as the median takes
+    assert [part.tolist() for part in spikes(rise)] == [[250], [10.0]]
+
+
+def test_spikes_in_blocks_are_those_of_each_step():
+    losses = np.random.default_rng(0).lognormal(0, 0.8, 10_500)
+    begins, sizes = spikes(losses)
+    ratio = np.array([0.0] * 20 + [losses[i] / np.median(losses[max(0, i - 100) : i]) for i in range(20, len(losses))])
+    above = ratio > 3
+    assert begins.tolist() == [i for i in range(len(losses)) if above[i] and not above[i - 1]]
+    assert sizes.max() == pytest.approx(ratio.max())
+
+
+def test_spikes_of_a_run(tmp_path):
+    make_figure1(tmp_path, runs=(BN, RUNS[-2]), seeds=(1,), diverged=lambda of, seed: of.network == "classnet")
+    kept, _ = cells(read_runs(tmp_path))
+    run, ended = kept[BN][1], kept[RUNS[-2]][1]
+    assert run.steps.shape == (20, 50) and spike_rate(run, 20) == 12.0 and spikes_per_epoch(run, 20).sum() == 12
+    assert spike_size(run, 20) == pytest.approx(math.log2(12), abs=0.2)
+    run.steps[:10] = np.nan  # not recorded: the run is older than the file
+    assert spike_rate(run, 20) == pytest.approx(12.0, abs=3) and len(spikes_per_epoch(run, 20)) == 10
+    assert spike_rate(ended, 10) == pytest.approx(1000 * 13 / 500) and spike_size(ended, 10) == math.inf
+    assert ended.steps.shape == (10, 50)  # both parts of ClassNet's loss, summed
+
+
+def test_levels_of_both_networks(tmp_path):
+    make_figure1(tmp_path, runs=PAIR, seeds=(1,))
+    for run in read_runs(tmp_path):
+        if run.norm == "agc":
+            assert levels(run).tolist() == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+        else:
+            assert run.layers is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "band", "expected"),
+    [
+        ((-0.5, 0.5), (-1, 1), YES), ((-0.5, 1.5), (-1, 1), OPEN), ((1.1, 1.5), (-1, 1), NO), ((-3, -1), (-1, 1), NO),
+        ((-2, 2), (-1, 1), OPEN), ((0, 0), (0, math.inf), NO), ((math.inf, math.inf), (0, math.inf), YES),
+        ((math.inf, math.inf), (-1, 1), NO), ((0.5, math.inf), (-1, 1), NO), ((-math.inf, -math.inf), (0, 9), NO),
+        ((0.5, 0.6), (-math.inf, 0.9), YES), ((0.95, 1.1), (-math.inf, 0.9), NO),
+    ],
+)  # fmt: skip
+def test_decide(interval, band, expected):
+    assert decide(interval, band) == expected
+
+
+def test_quantiles_of_t():
+    for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (11, 2.201), (30, 2.042), (500, 1.965)):
+        assert t_quantile(freedom) == pytest.approx(expected, abs=1e-3)
+
+
+def test_intervals_cover():
+    """About 95 % of intervals from known distributions hold the true mean."""
+    rng = np.random.default_rng(3)
+    inside = [low < 0 < high for low, high in (t_interval(rng.standard_normal(4)) for _ in range(2000))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+    samples = rng.exponential(size=(150, 200))
+    inside = [low < 1 < high for low, high in (bootstrap(lambda d, s=s: s[d].mean(1), 200) for s in samples)]
+    assert 0.88 < np.mean(inside) <= 1
+
+
+def test_the_paper_has_its_claims(tmp_path):
+    """All of them, in a folder that comes out as the paper says."""
+    make_figure1(tmp_path / "figure1", noise=0.02)
+    assert PAPER[("bn", 1, 0.02)] == 2.5
+    answers = verdicts(cells(read_runs(tmp_path / "figure1"))[0])
+    assert [(answer.number, answer.verdict) for answer in answers] == [(n, YES) for n in range(1, 8)]

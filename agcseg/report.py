@@ -21,7 +21,9 @@ from yaml import YAMLError
 from agcseg.errors import UserError
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
-         "layer": "Layer normalisation", "instance": "Instance normalisation"}  # fmt: skip
+         "layer": "Layer normalisation", "instance": "Instance normalisation",
+         "center": "AGC, λ fixed", "agc_std": "AGC by deviation", "mean_only": "Mean-only batch norm.",
+         "frn": "Filter response norm.", "ws": "Weight standardisation"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid"}
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")

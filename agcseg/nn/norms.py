@@ -12,6 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from agcseg.nn.agc import AGC2d
+from agcseg.nn.background import BackgroundAGC2d
+
+
+def agc_norm(
+    num_features: int,
+    mean_scale: float = 1.0,
+    background: str = "map",
+    window: int | float = 0.5,
+    quantile: float = 0.5,
+) -> AGC2d:
+    """AGC2d, whose background is the mean of the map, or AGC with another one (see `agcseg.nn.background`)."""
+    if background == "map":
+        return AGC2d(num_features, mean_scale)
+    return BackgroundAGC2d(num_features, mean_scale, background, window, quantile)
 
 
 def center(num_features: int, mean_scale: float = 1.0) -> AGC2d:
@@ -126,7 +140,7 @@ def _at_least_float32(maps: Tensor) -> Tensor:
 
 # None is no normalisation: the convolution then has a bias of its own.
 NORMS: dict[str, Callable[..., nn.Module] | None] = {
-    "agc": AGC2d,
+    "agc": agc_norm,
     "bn": nn.BatchNorm2d,
     "group": group_norm,
     "instance": instance_norm,

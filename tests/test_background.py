@@ -124,6 +124,8 @@ def test_half_precision(background):
     layer, z = BackgroundAGC2d(3, 1.0, background), maps(h=32, w=32).bfloat16()
     output = layer(z)
     assert output.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(z), output)
     torch.testing.assert_close(output.double(), layer.double()(z.double()), rtol=0.01, atol=0.01)
 
 

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from agcseg.errors import UserError
 from agcseg.nn.agc import AGC2d, _statistics_dtype
@@ -29,13 +28,17 @@ def window_mean(maps: Tensor, window: int | float) -> Tensor:
     Returns:
         (N, C, H, W).
     """
-    for axis, side in enumerate(maps.shape[2:]):  # the mean of means is the mean: all rows of a window are as long
-        size = window if window >= 1 else max(3, 2 * int(window * side / 2) + 1)
-        half = min(int(size) // 2, side - 1)
-        kernel, padding = [1, 1], [0, 0]
-        kernel[axis], padding[axis] = 2 * half + 1, half
-        maps = F.avg_pool2d(maps, kernel, 1, padding, count_include_pad=False)
-    return maps
+    rows, columns = (_averages(side, window, maps) for side in maps.shape[2:])
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows @ maps @ columns.T  # faster than pooling by far, whose time grows with the window
+
+
+def _averages(side: int, window: int | float, like: Tensor) -> Tensor:
+    """(side, side): row i holds the weights of the mean around position i."""
+    size = window if window >= 1 else max(3, 2 * int(window * side / 2) + 1)
+    position = torch.arange(side, device=like.device)
+    near = ((position[:, None] - position).abs() <= int(size) // 2).to(like.dtype)
+    return near / near.sum(1, keepdim=True)
 
 
 def median(maps: Tensor) -> Tensor:

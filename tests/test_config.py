@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from agcseg.cli import CONFIGS, to_object
 from agcseg.cli.train import run_name
-from agcseg.config import Config, check, rate
+from agcseg.config import Config, check, momentum, rate
 from agcseg.errors import UserError
 
 
@@ -113,12 +114,54 @@ def test_the_overrides_of_the_readme():
         (["network=classnet", "network.options.contour_width=wide"], "contour_width='wide' must be a number of maps"),
         (["+network.options.depth=3"], "network 'segnet' has no option depth"),
         (["network.width=0"], "network.width=0.0: must be positive"),
+        (["norm.options.background=mode"], "background='mode' is not known; choose from map, window, median"),
+        (["norm.options.background=window", "norm.options.window=8"], "window=8 must be an odd number"),
+        (["norm.options.mean_scale=high"], "norm 'agc': mean_scale='high' must be like its default, 1.0"),
+        (["noise.gain=1.5"], "noise.gain=1.5: must be between 0 and 1"),
+        (["noise.shift=-0.1"], "noise.shift=-0.1: must be finite and not negative"),
+        (["noise.shift=nan"], "noise.shift=nan: must be finite"),
+        (["noise.gain=0.1", "compile=true"], "compile=true: not together with noise or gems"),
+        (["gems.mode=minibatch", "compile=true"], "compile=true: not together with noise or gems"),
+        (["gems.mode=pixel"], "GEMS mode 'pixel' is not known; choose from minibatch, map, sample"),
+        (["gems.mode=map", "norm=bn"], "GEMS mode 'map' cannot be used with BatchNorm2d"),
+        (["gems.mode=map", "gems.limit=0"], "GEMS limit 0.0 must be at least 1"),
+        (["momentum_match=2"], "momentum_match=2: must be at least minibatch=4, or null"),
+        (["momentum_match=0", "minibatch=1"], "momentum_match=0: must be at least minibatch=1"),
+        (["momentum_match=8", "lr.value=0.1"], "momentum_match=8 sets the rate from lr.base: leave lr.value null"),
     ],
 )
 def test_bad_values_are_refused(overrides, message):
     with pytest.raises(UserError) as error:
         check(config(*overrides))
     assert message in str(error.value)
+
+
+def test_momentum_match():
+    """The single-sample twin of minibatch 8: m' = 1 - (1 - m)/8 and L' = L0/8."""
+    twin = config("minibatch=1", "momentum_match=8")
+    check(twin)
+    assert (momentum(twin), rate(twin)) == pytest.approx((0.9875, 0.0025))
+    assert (momentum(config()), rate(config())) == (0.9, 0.08)
+    assert (momentum(config("momentum_match=4")), rate(config("momentum_match=4"))) == pytest.approx((0.9, 0.08))
+    thousandth = config("minibatch=1", "momentum_match=100")
+    assert (momentum(thousandth), rate(thousandth)) == pytest.approx((0.999, 0.0002))
+
+
+@pytest.mark.parametrize("minibatch", [1, 2, 8])
+@pytest.mark.parametrize("plain", [0.0, 0.9])
+def test_matched_momentum_gives_a_sample_the_same_weight_and_memory(minibatch, plain):
+    """What torch's SGD makes of a gradient of 1 from one sample of the first minibatch, as of minibatch 8."""
+    twin = config(f"minibatch={minibatch}", "momentum_match=8", f"momentum={plain}")
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer, moves = torch.optim.SGD([weight], rate(twin), momentum(twin)), []
+    for step in range(2400 // minibatch):
+        before = weight.item()
+        weight.grad = torch.tensor((step == 0) / minibatch, dtype=torch.float64)
+        optimizer.step()
+        moves.append(before - weight.item())
+    assert sum(moves) == pytest.approx(0.02 / (1 - plain))
+    samples = minibatch * sum(moves) / moves[0]  # 1 / (1 - m) steps
+    assert samples == pytest.approx(8 / (1 - plain))
 
 
 def test_all_faults_are_listed_at_once():

@@ -4,7 +4,9 @@ from agcseg.nn.agc import AGC2d, agc
 from agcseg.nn.conv import IMPLEMENTATIONS, ConvUnit
 from agcseg.nn.convert import Conversion, convert_batchnorm
 from agcseg.nn.fast import AGCReLU2d, agc_relu, agc_unit
+from agcseg.nn.gems import GEMS
 from agcseg.nn.init import INITS, initialise
+from agcseg.nn.noise import add_noise
 from agcseg.nn.norms import NORMS
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
@@ -13,9 +15,11 @@ __all__ = [
     "AGCReLU2d",
     "ConvUnit",
     "Conversion",
+    "GEMS",
     "IMPLEMENTATIONS",
     "INITS",
     "NORMS",
+    "add_noise",
     "agc",
     "agc_relu",
     "agc_unit",

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from agcseg import class_weights, metrics
-from agcseg.config import Config, check, rate
+from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
+from agcseg.nn import GEMS, add_noise
 from agcseg.record import (
     TensorBoard,
     layer_figures,
@@ -122,9 +123,14 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     ).to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
+    noise = gems = None
+    if config.noise.gain or config.noise.shift:
+        noise = add_noise(network, config.noise.gain, config.noise.shift, config.seed)
+    if config.gems.mode:
+        gems = GEMS(network, config.gems.mode, config.gems.limit)
     learning_rate = rate(config)
     groups = _parameter_groups(network, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, learning_rate, config.momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, learning_rate, momentum(config), fused=True)
 
     epoch, samples, seconds, rows = 0, 0, 0.0, []
     if (folder / "last.pt").exists():
@@ -133,6 +139,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
+        if noise:
+            noise.set_state(saved["noise"])
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
         seconds = rows[-1]["seconds"]
         write_metrics(folder, rows)
@@ -148,7 +156,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         f"{device_name(device)}\n"
         f"  {layout.title}: {len(train)} training and {len(val)} validation images of {config.data.size[0]}x"
         f"{config.data.size[1]}; always naming the commonest class errs on {constant:.1%}\n"
-        f"  minibatch {config.minibatch}, rate {learning_rate:g}, momentum {config.momentum:g}, seed {config.seed}, "
+        f"  minibatch {config.minibatch}, rate {learning_rate:g}, momentum {momentum(config):g}, seed {config.seed}, "
         f"epochs {epoch + 1} to {config.epochs}"
     )
     log.info(f"  class weights ({weighting['formula']}): " + _weights_line(weighting))
@@ -170,6 +178,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             for step, (images, labels, *contours) in enumerate(shuffled):
                 optimizer.zero_grad()
                 losses[step] = backward(model, images, labels, weights, config, *contours)
+                if gems:
+                    gems.scale_gradients()
                 gradients = [p.grad for p in network.parameters() if p.grad is not None]
                 gradient_norm += torch.nn.utils.get_total_norm(gradients)
                 optimizer.step()
@@ -218,6 +228,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "noise": noise.get_state() if noise else None,
                     "rows": rows,
                     "config": settings,
                     "classes": list(classes.names),
@@ -226,7 +237,10 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                 },
             )
             write_metrics(folder, rows)
-            board.log(rows[-1], layer_figures(network), painted)
+            layers = layer_figures(network)
+            if gems:  # of the epoch's last step
+                layers |= {f"gems_mean/{layer}": factor.mean().item() for layer, factor in gems.factors.items()}
+            board.log(rows[-1], layers, painted)
             bar.set_postfix(_postfix(epoch, rows[-1]["train_loss"], rows))
             (log.debug if not bar.disable else log.info)(_epoch_line(rows[-1], config.epochs))
         last = {key: value for key, value in (rows[-1] if rows else {}).items() if not key.startswith("iou/")}
@@ -437,7 +451,7 @@ def _hparams(config: Config) -> dict:
         "norm": config.norm.name,
         "minibatch": config.minibatch,
         "rate": rate(config),
-        "momentum": config.momentum,
+        "momentum": momentum(config),
         "seed": config.seed,
     }
 

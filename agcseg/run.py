@@ -1,5 +1,6 @@
 """One training run, from its configuration to its result, top to bottom."""
 
+import inspect
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from agcseg.errors import UserError
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
-from agcseg.nn import GEMS, add_noise
+from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.record import (
     TensorBoard,
     layer_figures,
@@ -345,12 +346,13 @@ def _always(commonest: int, val: Split, num_classes: int, device) -> float:
 
 
 def _check_same_run(saved: dict, settings: dict, pixels: list[int], folder: Path) -> None:
-    there, here = _flat(asdict(Config())) | _flat(saved["config"]), _flat(settings)  # a run may be older than a key
-    differ = [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in FREE and there.get(key) != here.get(key)
-    ]
+    there, here = _flat(saved["config"]), _flat(settings)
+    norm = NORMS[settings["norm"]["name"]]
+    options = inspect.signature(norm).parameters.values() if norm else ()
+    # a run may be older than a key or an option
+    default = _flat(asdict(Config())) | {f"norm.options.{option.name}": option.default for option in options}
+    values = {key: [side.get(key, default.get(key)) for side in (there, here)] for key in sorted({*there, *here})}
+    differ = [f"{key}: {old} there, {new} here" for key, (old, new) in values.items() if key not in FREE and old != new]
     if not differ and saved["histogram"] != pixels:
         differ = ["the training images or their labels have changed"]
     if differ:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import agcseg.losses
 import agcseg.run
-from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, RateConfig
+from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.run import run
@@ -185,6 +185,17 @@ def test_a_run_older_than_a_key_goes_on(tiny, tmp_path):
     del saved["config"]["contour"]
     torch.save(saved, tmp_path / "run/last.pt")
     assert run(tiny(epochs=2), tmp_path / "run")["epochs"] == 2
+
+
+def test_a_run_older_than_an_option_of_its_norm_goes_on(tiny, tmp_path):
+    """An option that one side lacks has the norm's own default."""
+    config = replace(tiny(epochs=1), norm=NormConfig("agc", {"mean_scale": 1.0}))
+    run(config, tmp_path / "run")
+    later = NormConfig("agc", {"mean_scale": 1.0, "background": "map"})
+    assert run(replace(config, epochs=2, norm=later), tmp_path / "run")["epochs"] == 2
+    later.options["background"] = "median"
+    with pytest.raises(UserError, match="norm.options.background: map there, median here"):
+        run(replace(config, epochs=2, norm=later), tmp_path / "run")
 
 
 def test_changed_data_are_noticed(tiny, tmp_path):

@@ -1,10 +1,12 @@
 """Every YAML composes, and every value that cannot work is refused before any data is touched."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -48,6 +50,23 @@ def test_the_schema_and_the_yaml_agree():
 )
 def test_every_yaml_composes(override):
     check(config(override))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_value_that_an_experiment_sweeps_is_good(experiment):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose("train", [f"experiment={experiment}"])
+    swept = OmegaConf.load(Path(CONFIGS) / f"experiment/{experiment}.yaml").hydra.sweeper.params
+    assert len(swept) >= 2 and composed.name == experiment
+    for key, values in swept.items():
+        values = str(values).split(",")
+        if key in ("norm", "network", "data"):  # whose every file is checked above
+            assert set(values) <= set(options(key))
+            continue
+        for value in values:
+            changed = copy.deepcopy(composed)
+            OmegaConf.update(changed, key, yaml.safe_load(value))
+            check(to_object(changed))
 
 
 def test_every_name_has_its_yaml():

@@ -8,8 +8,7 @@ from torch import nn
 
 import agcseg
 from agcseg import ConvUnit
-from agcseg.nn import NORMS
-from agcseg.nn.signals import layer_signals
+from agcseg.nn import NORMS, layer_signals
 
 
 def unit_of(bias=(0.0, -100.0, 0.0), mean_scale=(-0.5, 7.0, 1.5)):

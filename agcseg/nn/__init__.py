@@ -9,6 +9,7 @@ from agcseg.nn.init import INITS, initialise
 from agcseg.nn.noise import add_noise
 from agcseg.nn.norms import NORMS
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
+from agcseg.nn.signals import layer_signals
 
 __all__ = [
     "AGC2d",
@@ -25,6 +26,7 @@ __all__ = [
     "agc_unit",
     "convert_batchnorm",
     "initialise",
+    "layer_signals",
     "max_pool2d",
     "max_unpool2d",
 ]

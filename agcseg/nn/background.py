@@ -69,6 +69,8 @@ def _smallest(maps: Tensor, k: int) -> Tensor:
 class BackgroundAGC2d(AGC2d):
     """AGC with the mean of equation (1) replaced.
 
+    A trimmed mean lies below the mean, so that with λ = 1 signals grow from layer to layer: start with a smaller λ.
+
     Args:
         num_features: C, the number of filters of the convolution in front.
         mean_scale: initial λ.

@@ -53,7 +53,7 @@ class Run:
     width: float | None
     norm: str
     minibatch: int
-    rate: float  # lr.value or, where that is null, lr.base * minibatch
+    rate: float  # the effective one: agcseg.config.rate
     seed: int | None
     epochs: int  # asked for
     data: str
@@ -125,10 +125,12 @@ def _read_run(path: Path) -> Run:
         file = path / "config.yaml"
         config = OmegaConf.load(file)
         minibatch, rate, (height, width) = get("minibatch", int), get("lr.value", float, False), get("data.size", list)
+        if rate is None:  # agcseg.config.rate, without importing torch for it
+            rate = get("lr.base", float) * minibatch * minibatch / (get("momentum_match", int, False) or minibatch)
         return Run(
             name=path.name, path=path, network=get("network.name", str), width=get("network.width", float, False),
             norm=get("norm.name", str), minibatch=minibatch, seed=get("seed", int, False), epochs=get("epochs", int),
-            rate=get("lr.base", float) * minibatch if rate is None else rate, data=get("data.name", str),
+            rate=rate, data=get("data.name", str),
             size=(int(height), int(width)), state=result["state"], reason=str(result.get("reason") or ""),
             rows=rows, commonest_class_error=math.nan if commonest is None else float(commonest),
         )  # fmt: skip

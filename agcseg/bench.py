@@ -26,8 +26,10 @@ from agcseg.errors import UserError
 from agcseg.losses import image_losses
 from agcseg.machine import peak_memory, reset_peak_memory
 from agcseg.networks import build
+from agcseg.nn.background import BACKGROUNDS
 
-NORMS = ("bn", "agc", "agc-literal", "none", "instance", "group", "layer")
+NORMS = ("bn", "agc", "agc-literal", "none", "instance", "group", "layer", "center", "agc_std", "mean_only", "frn",
+         "ws", "agc-window", "agc-median", "agc-trimmed")  # fmt: skip
 MODES = {"": None, "-compiled": "default", "-graphs": "reduce-overhead"}  # suffix -> torch.compile's mode
 VARIANTS = tuple(norm + suffix for norm in NORMS for suffix in MODES)
 
@@ -61,8 +63,10 @@ class Step:
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
         torch.manual_seed(0)
-        norm, _, literal = case.norm.partition("-")
-        options = {"implementation": "literal"} if literal else {}
+        norm, _, form = case.norm.partition("-")
+        options = {"norm_options": {"background": form}} if form in BACKGROUNDS else {}
+        if form == "literal":
+            options["implementation"] = form
         self.network = build(case.network, norm=norm, num_classes=case.num_classes, width=case.width, **options)
         self.network.to(self.device)
         images = torch.randn(case.minibatch, 3, *case.size, device=self.device)

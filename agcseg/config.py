@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
 from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import NETWORKS, build
-from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS
+from agcseg.nn import GEMS, IMPLEMENTATIONS, INITS, NORMS
 
 # ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
 
@@ -62,6 +63,22 @@ class ContourConfig:
 
 
 @dataclass
+class NoiseConfig:
+    """Layer-wise noise in training (`agcseg.nn.noise`); 0 and 0 for none."""
+
+    gain: float = 0.0
+    shift: float = 0.0
+
+
+@dataclass
+class GemsConfig:
+    """Gradients by the number of active points (`agcseg.nn.gems`); no mode for off."""
+
+    mode: Optional[str] = None
+    limit: float = 10.0
+
+
+@dataclass
 class RateConfig:
     base: float = 0.02
     value: Optional[float] = None
@@ -78,9 +95,12 @@ class Config:
     accumulate: int = 1
     lr: RateConfig = field(default_factory=RateConfig)
     momentum: float = 0.9
+    momentum_match: Optional[int] = None
     weight_decay: float = 0.0
     class_weights: str = "enet"
     contour: ContourConfig = field(default_factory=ContourConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    gems: GemsConfig = field(default_factory=GemsConfig)
     epochs: int = 150
     seed: int = 1
     device: str = "auto"
@@ -94,8 +114,25 @@ class Config:
 
 
 def rate(config: Config) -> float:
-    """The effective learning rate: base * minibatch (Deep Control, section 1), unless lr.value is given."""
-    return config.lr.base * config.minibatch if config.lr.value is None else config.lr.value
+    """The effective learning rate: base * minibatch (Deep Control, section 1), unless lr.value is given.
+
+    With `momentum_match`, times minibatch / momentum_match (see `momentum`).
+    """
+    return config.lr.base * config.minibatch * _matched(config) if config.lr.value is None else config.lr.value
+
+
+def momentum(config: Config) -> float:
+    """The effective momentum: `config.momentum`, or with `momentum_match` that of the twin of a larger minibatch.
+
+    Momentum is an implicit minibatch (Deep Control, sections 1 and 5). A minibatch of B with rate L = base·B and
+    momentum m gives each sample the total weight base / (1 - m) and remembers B / (1 - m) samples. To have that of
+    B = momentum_match with a smaller minibatch b, 1 - m and the rate are both multiplied by b / B.
+    """
+    return 1 - (1 - config.momentum) * _matched(config) if config.momentum_match else config.momentum
+
+
+def _matched(config: Config) -> float:
+    return config.minibatch / config.momentum_match if config.momentum_match else 1.0
 
 
 def check(config: Config) -> None:
@@ -134,6 +171,16 @@ def check(config: Config) -> None:
     key, value = ("lr.base", config.lr.base) if config.lr.value is None else ("lr.value", config.lr.value)
     expect(0 < value < float("inf"), f"{key}={value}: a learning rate must be positive and finite")
     expect(0 <= config.momentum < 1, f"momentum={config.momentum}: must be at least 0 and below 1")
+    match = config.momentum_match
+    if match is not None:
+        key = f"momentum_match={match}"
+        expect(match >= config.minibatch, f"{key}: must be at least minibatch={config.minibatch}, or null")
+        expect(config.lr.value is None, f"{key} sets the rate from lr.base: leave lr.value null")
+    expect(0 <= config.noise.gain <= 1, f"noise.gain={config.noise.gain}: must be between 0 and 1")
+    shift = config.noise.shift
+    expect(0 <= shift < float("inf"), f"noise.shift={shift}: must be finite and not negative")
+    noisy = config.noise.gain or shift
+    expect(not (config.compile and (noisy or config.gems.mode)), "compile=true: not together with noise or gems")
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
     expect(config.images >= 0, f"images={config.images}: must not be negative")
     expect(bool(config.name), "name: must not be empty")
@@ -149,7 +196,9 @@ def check(config: Config) -> None:
     if not problems:  # the network knows its own options; on the meta device it costs no memory
         try:
             with torch.device("meta"):
-                _try_network(config)
+                built = _try_network(config)
+                if config.gems.mode is not None:
+                    GEMS(built, config.gems.mode, config.gems.limit)
         except UserError as error:
             problems.append(str(error))
     available = images_available(data)
@@ -172,7 +221,7 @@ def check(config: Config) -> None:
         raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
 
 
-def _try_network(config: Config) -> None:
+def _try_network(config: Config) -> nn.Module:
     """Build the network; at its smallest size also feed it, for some norms refuse the single pixel that may be left."""
     network, norm, size = config.network, config.norm, config.data.size
     module = build(
@@ -192,6 +241,7 @@ def _try_network(config: Config) -> None:
                 f"data.size={size}: the deepest maps of {network.name} are too small there for norm={norm.name} and "
                 f"{images} image(s) at once ({error}); take a larger size, or another norm such as agc"
             ) from None
+    return module
 
 
 def images_available(data: DataConfig) -> dict[str, int] | None:

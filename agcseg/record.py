@@ -98,8 +98,11 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def layer_rows(network: nn.Module, epoch: int) -> list[dict]:
+def layer_rows(network: nn.Module, epoch: int, gems: dict[str, Tensor] | None = None) -> list[dict]:
     """Where γ and λ of every normalised layer stand, from the image's side to the classes'.
+
+    Args:
+        gems: with GEMS, the factors of its last step, layer by layer, for a column of their means.
 
     Returns:
         for each layer its name and role (encoder, lateral, decoder, head), its number of filters, the mean of γ, and of
@@ -127,6 +130,8 @@ def layer_rows(network: nn.Module, epoch: int) -> list[dict]:
                 "lambda_inside": inside,
             }
         )
+        if gems is not None:
+            rows[-1]["gems_mean"] = gems[layer].mean().item() if layer in gems else None
     return sorted(rows, key=lambda row: [row["layer"].startswith(part) for part in network.order].index(True))
 
 

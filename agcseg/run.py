@@ -1,5 +1,6 @@
 """One training run, from its configuration to its result, top to bottom."""
 
+import inspect
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from agcseg import class_weights, metrics, parallel
-from agcseg.config import Config, check, rate
+from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
@@ -25,6 +26,7 @@ from agcseg.figure1 import panels_of
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
+from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.record import (
     TensorBoard,
     layer_rows,
@@ -146,12 +148,17 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         if device.type == "cpu":
             raise UserError("sync_bn=true: torch synchronises batch normalisation on GPUs only")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    noise = gems = None
+    if config.noise.gain or config.noise.shift:
+        noise = add_noise(network, config.noise.gain, config.noise.shift, config.seed * share[1] + share[0])
+    if config.gems.mode:
+        gems = GEMS(network, config.gems.mode, config.gems.limit)
     learning_rate = rate(config)
     groups = _parameter_groups(network, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, learning_rate, config.momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, learning_rate, momentum(config), fused=True)
 
     steps, parts = len(train) // config.minibatch, 1 + network.contour  # parts of the loss: classes, contour
-    epoch, samples, seconds, rows, layers = 0, 0, 0.0, [], layer_rows(network, 0)
+    epoch, samples, seconds, rows, layers = 0, 0, 0.0, [], layer_rows(network, 0, gems and {})
     history = torch.empty(0, steps, parts)  # of `losses`, epoch by epoch
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt")
@@ -159,6 +166,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
+        if noise:
+            noise.set_state(saved["noise"][share[0] % len(saved["noise"])])
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
         layers = saved.get("layers", [])  # a run may be older than these
         history = saved.get("losses", torch.full((epoch, steps, parts), torch.nan))
@@ -178,7 +187,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         f"{device_name(device)}\n"
         f"  {layout.title}: {len(train)} training and {len(val)} validation images of {config.data.size[0]}x"
         f"{config.data.size[1]}; always naming the commonest class errs on {constant:.1%}\n"
-        f"  minibatch {config.minibatch}, rate {learning_rate:g}, momentum {config.momentum:g}, seed {config.seed}, "
+        f"  minibatch {config.minibatch}, rate {learning_rate:g}, momentum {momentum(config):g}, seed {config.seed}, "
         f"epochs {epoch + 1} to {config.epochs}"
     )
     log.info(f"  class weights ({weighting['formula']}): " + _weights_line(weighting))
@@ -211,6 +220,10 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                 optimizer.zero_grad()
                 losses[step] = backward(trained, images, labels, weights, config, *contours)
                 parallel.add(losses[step]).div_(parallel.world())
+                if gems:
+                    for counts in (*gems.active.values(), *gems.points.values()):
+                        parallel.add(counts)
+                    gems.scale_gradients()
                 gradients = [p.grad for p in network.parameters() if p.grad is not None]
                 gradient_norm += torch.nn.utils.get_total_norm(gradients)
                 optimizer.step()
@@ -247,8 +260,9 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     **{f"iou/{name}": value for name, value in zip(classes.names, iou, strict=True)},
                 }
             )
-            layers += layer_rows(network, epoch)
+            layers += layer_rows(network, epoch, gems and gems.factors)
             history = torch.cat([history, losses.float().cpu().unsqueeze(0)])
+            noises = parallel.gather([noise.get_state()]) if noise else None  # one per process
             if not first:
                 continue
             painted = None
@@ -264,6 +278,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "noise": noises,
                     "rows": rows,
                     "layers": layers,
                     "losses": history,
@@ -402,12 +417,13 @@ def _always(commonest: int, val: Split, num_classes: int, device) -> float:
 
 
 def _check_same_run(saved: dict, settings: dict, pixels: list[int], folder: Path) -> None:
-    there, here = _flat(asdict(Config())) | _flat(saved["config"]), _flat(settings)  # a run may be older than a key
-    differ = [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in FREE and there.get(key) != here.get(key)
-    ]
+    there, here = _flat(saved["config"]), _flat(settings)
+    norm = NORMS[settings["norm"]["name"]]
+    options = inspect.signature(norm).parameters.values() if norm else ()
+    # a run may be older than a key or an option
+    default = _flat(asdict(Config())) | {f"norm.options.{option.name}": option.default for option in options}
+    values = {key: [side.get(key, default.get(key)) for side in (there, here)] for key in sorted({*there, *here})}
+    differ = [f"{key}: {old} there, {new} here" for key, (old, new) in values.items() if key not in FREE and old != new]
     if not differ and saved["histogram"] != pixels:
         differ = ["the training images or their labels have changed"]
     if differ:
@@ -530,7 +546,7 @@ def _hparams(config: Config) -> dict:
         "norm": config.norm.name,
         "minibatch": config.minibatch,
         "rate": rate(config),
-        "momentum": config.momentum,
+        "momentum": momentum(config),
         "seed": config.seed,
     }
 

@@ -1,17 +1,19 @@
 """Every YAML composes, and every value that cannot work is refused before any data is touched."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from agcseg import build
 from agcseg.cli import CONFIGS, to_object
 from agcseg.cli.train import run_name
-from agcseg.config import Config, check, rate
+from agcseg.config import Config, check, momentum, rate
 from agcseg.errors import UserError
 
 
@@ -61,6 +63,23 @@ def test_the_demo_with_each_network():
     assert config("experiment=demo", "network=classnet", "epochs=9", "data.size=[256,256]").epochs == 9
     names = {run_name(made, ["experiment=demo", f"network={made.network.name}"]) for made in (small, large)}
     assert names == {"segnet-agc-mb4-lr0.08-seed1", "classnet-agc-mb4-lr0.08-seed1"}
+
+
+@pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"none", "figure1"}))  # see test_figure1.py
+def test_every_value_that_an_experiment_sweeps_is_good(experiment):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose("train", [f"experiment={experiment}"])
+    swept = OmegaConf.load(Path(CONFIGS) / f"experiment/{experiment}.yaml").hydra.sweeper.params
+    assert len(swept) >= 2 and composed.name == experiment
+    for key, values in swept.items():
+        values = str(values).split(",")
+        if key in ("norm", "network", "data"):  # whose every file is checked above
+            assert set(values) <= set(options(key))
+            continue
+        for value in values:
+            changed = copy.deepcopy(composed)
+            OmegaConf.update(changed, key, yaml.safe_load(value))
+            check(to_object(changed))
 
 
 def test_every_name_has_its_yaml():
@@ -148,12 +167,54 @@ def test_small_sizes_that_work(overrides):
         ([*SINGLE_PIXEL, "norm=group", "minibatch=1", "network.width=0.125"], "got input size [1, 32, 1, 1])"),
         (["+network.options.depth=3"], "network 'segnet' has no option depth"),
         (["network.width=0"], "network.width=0.0: must be positive"),
+        (["norm.options.background=mode"], "background='mode' is not known; choose from map, window, median"),
+        (["norm.options.background=window", "norm.options.window=8"], "window=8 must be an odd number"),
+        (["norm.options.mean_scale=high"], "norm 'agc': mean_scale='high' must be like its default, 1.0"),
+        (["noise.gain=1.5"], "noise.gain=1.5: must be between 0 and 1"),
+        (["noise.shift=-0.1"], "noise.shift=-0.1: must be finite and not negative"),
+        (["noise.shift=nan"], "noise.shift=nan: must be finite"),
+        (["noise.gain=0.1", "compile=true"], "compile=true: not together with noise or gems"),
+        (["gems.mode=minibatch", "compile=true"], "compile=true: not together with noise or gems"),
+        (["gems.mode=pixel"], "GEMS mode 'pixel' is not known; choose from minibatch, map, sample"),
+        (["gems.mode=map", "norm=bn"], "GEMS mode 'map' cannot be used with BatchNorm2d"),
+        (["gems.mode=map", "gems.limit=0"], "GEMS limit 0.0 must be at least 1"),
+        (["momentum_match=2"], "momentum_match=2: must be at least minibatch=4, or null"),
+        (["momentum_match=0", "minibatch=1"], "momentum_match=0: must be at least minibatch=1"),
+        (["momentum_match=8", "lr.value=0.1"], "momentum_match=8 sets the rate from lr.base: leave lr.value null"),
     ],
 )
 def test_bad_values_are_refused(overrides, message):
     with pytest.raises(UserError) as error:
         check(config(*overrides))
     assert message in str(error.value)
+
+
+def test_momentum_match():
+    """The single-sample twin of minibatch 8: m' = 1 - (1 - m)/8 and L' = L0/8."""
+    twin = config("minibatch=1", "momentum_match=8")
+    check(twin)
+    assert (momentum(twin), rate(twin)) == pytest.approx((0.9875, 0.0025))
+    assert (momentum(config()), rate(config())) == (0.9, 0.08)
+    assert (momentum(config("momentum_match=4")), rate(config("momentum_match=4"))) == pytest.approx((0.9, 0.08))
+    thousandth = config("minibatch=1", "momentum_match=100")
+    assert (momentum(thousandth), rate(thousandth)) == pytest.approx((0.999, 0.0002))
+
+
+@pytest.mark.parametrize("minibatch", [1, 2, 8])
+@pytest.mark.parametrize("plain", [0.0, 0.9])
+def test_matched_momentum_gives_a_sample_the_same_weight_and_memory(minibatch, plain):
+    """What torch's SGD makes of a gradient of 1 from one sample of the first minibatch, as of minibatch 8."""
+    twin = config(f"minibatch={minibatch}", "momentum_match=8", f"momentum={plain}")
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer, moves = torch.optim.SGD([weight], rate(twin), momentum(twin)), []
+    for step in range(2400 // minibatch):
+        before = weight.item()
+        weight.grad = torch.tensor((step == 0) / minibatch, dtype=torch.float64)
+        optimizer.step()
+        moves.append(before - weight.item())
+    assert sum(moves) == pytest.approx(0.02 / (1 - plain))
+    samples = minibatch * sum(moves) / moves[0]  # 1 / (1 - m) steps
+    assert samples == pytest.approx(8 / (1 - plain))
 
 
 def test_all_faults_are_listed_at_once():

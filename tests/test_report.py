@@ -73,6 +73,13 @@ def folder(tmp_path):
     return folder
 
 
+def test_rate_of_matched_momentum(tmp_path):
+    path = make_run(tmp_path, "twin", [0.5], minibatch=2)
+    with open(path / "config.yaml", "a") as file:
+        file.write("momentum_match: 8\n")
+    assert read_runs(tmp_path)[0].rate == pytest.approx(0.02 * 2 * 2 / 8)
+
+
 def test_table_has_the_hand_computed_values(folder):
     rows = {run.name: summarise(run) for run in read_runs(folder)}
     assert list(rows) == ["bn_1", "bn_4", "bn_8", "agc_4"]

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import agcseg.losses
 import agcseg.run
-from agcseg.config import RateConfig
+from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.run import run
@@ -116,6 +116,53 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
         assert len(broken) >= len(straight) - (after == "write_tables")
 
 
+def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, monkeypatch):
+    """The noise goes on where it was: its generator is in the checkpoint."""
+    config = tiny(epochs=3, noise=NoiseConfig(0.2, 0.2), gems=GemsConfig("minibatch"))
+    run(config, tmp_path / "straight")
+    run(replace(config, epochs=2), tmp_path / "broken")
+    run(config, tmp_path / "broken")
+    straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
+    assert all(torch.equal(straight[key], broken[key]) for key in straight)
+    assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
+    assert 1 <= scalars(tmp_path / "straight", "gems_mean/encoder.0.1")[-1][1] <= 10
+
+
+def test_noise_leaves_images_and_initial_weights_as_they_are(tiny, tmp_path, monkeypatch):
+    original, seen = agcseg.run.backward, []
+
+    def watched(model, images, *arguments):
+        seen.append((images.sum().item(), model.encoder[0][0].conv.weight.sum().item(), model.training))
+        return original(model, images, *arguments)
+
+    monkeypatch.setattr(agcseg.run, "backward", watched)
+    for name, noise in (("plain", NoiseConfig()), ("noisy", NoiseConfig(0.1, 0.1))):
+        run(tiny(noise=noise), tmp_path / name)
+    plain, noisy = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert plain[0] == noisy[0] and [images for images, *_ in plain] == [images for images, *_ in noisy]
+    assert plain[1][1] != noisy[1][1]  # the weights go their own way
+    assert untimed(tmp_path / "plain") != untimed(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("gems", [GemsConfig("map"), GemsConfig("minibatch", limit=1)])
+def test_gems(tiny, tmp_path, gems):
+    """Accumulation changes nothing, and a limit of 1 is as good as off."""
+    config = tiny(minibatch=4, epochs=1, gems=gems, network=NetworkConfig(width=0.05, implementation="literal"))
+    run(config, tmp_path / "whole")
+    run(replace(config, accumulate=2), tmp_path / "parts")
+    run(replace(config, gems=GemsConfig()), tmp_path / "off")
+    whole, parts, off = (weights(tmp_path / name) for name in ("whole", "parts", "off"))
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(whole[key], off[key]) for key in whole) == (gems.limit == 1)
+
+
+def test_momentum_match_reaches_the_optimiser(tiny, tmp_path):
+    run(tiny(minibatch=1, epochs=1, momentum_match=8), tmp_path / "run")
+    group = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["lr"]) == pytest.approx((0.9875, 0.0025))
+
+
 def test_same_seed_same_run_other_seed_other_run(tiny, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(tiny(seed=seed), tmp_path / name)
@@ -157,6 +204,17 @@ def test_a_run_older_than_a_key_goes_on(tiny, tmp_path):
     del saved["config"]["contour"]
     torch.save(saved, tmp_path / "run/last.pt")
     assert run(tiny(epochs=2), tmp_path / "run")["epochs"] == 2
+
+
+def test_a_run_older_than_an_option_of_its_norm_goes_on(tiny, tmp_path):
+    """An option that one side lacks has the norm's own default."""
+    config = replace(tiny(epochs=1), norm=NormConfig("agc", {"mean_scale": 1.0}))
+    run(config, tmp_path / "run")
+    later = NormConfig("agc", {"mean_scale": 1.0, "background": "map"})
+    assert run(replace(config, epochs=2, norm=later), tmp_path / "run")["epochs"] == 2
+    later.options["background"] = "median"
+    with pytest.raises(UserError, match="norm.options.background: map there, median here"):
+        run(replace(config, epochs=2, norm=later), tmp_path / "run")
 
 
 def test_changed_data_are_noticed(tiny, tmp_path):

@@ -28,8 +28,9 @@ examples:
 
 variants: """
     + ", ".join(v for v in VARIANTS if "-" not in v)
-    + """, agc-literal; each also with -compiled
-(torch.compile) or -graphs (the same with CUDA graphs)
+    + """,
+agc-literal, agc-window, agc-median, agc-trimmed; each also with -compiled (torch.compile) or -graphs (the same with
+CUDA graphs)
 
 columns: step = forward, backward and update, median over the rounds; time/bn, time/none = ratio to the same step with
 batch normalisation or none, round by round, with its extremes; kept = MiB that autograd keeps for backward; peak = MiB

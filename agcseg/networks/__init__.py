@@ -30,7 +30,8 @@ def build(
 
     Args:
         network: "segnet" or "classnet".
-        norm: "agc", "bn", "group", "instance", "layer", "none", or any callable from a number of channels to a module.
+        norm: one of `agcseg.nn.NORMS`, such as "agc", "bn" or "none", or any callable from a number of channels to a
+            module.
         num_classes: number of classes K.
         width: factor on the layers' widths; 1 is the paper's network.
         init: "he", "he_centered" or "identity" (see `agcseg.nn.initialise`).
@@ -61,6 +62,10 @@ def build(
         raise UserError(f"implementation={implementation!r} is not known; choose from {', '.join(IMPLEMENTATIONS)}")
     if norm_options:
         _check_options(f"norm {name!r}", norm, norm_options, skip={"num_features", "device", "dtype"})
+        for key, value in norm_options.items():
+            default = inspect.signature(norm).parameters[key].default
+            if isinstance(default, int | float) and not isinstance(value, int | float | None):
+                raise UserError(f"norm {name!r}: {key}={value!r} must be like its default, {default!r}")
         norm = partial(norm, **norm_options)
     own = {"num_classes", "width", "norm", "implementation"}
     _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)

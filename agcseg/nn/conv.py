@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d
@@ -22,7 +23,8 @@ class ConvUnit(nn.Module):
 
     Args:
         in_channels, out_channels, kernel_size: of the convolution; `kernel_size` is odd.
-        norm: num_features -> module, or None for none.
+        norm: num_features -> module, or None for none. A module with a method `activate(maps)` does not get the ReLU;
+            one with a method `standardise(filters)` has its convolution use these.
         identity: the layer may start as the identity (`init="identity"`): it is not the first after a change of
             resolution. "last": on the last of its input channels, where they are more than its outputs.
         implementation: "fast", or "literal" for the paper's formula. Values, gradients, parameters and state_dict are
@@ -83,5 +85,11 @@ class ConvUnit(nn.Module):
             maps = max_unpool2d(maps, unpool)
         if stem is not None:
             maps = stem(maps)
-        maps = F.relu(self.norm(self.conv(maps)), inplace=True)
+        if hasattr(self.norm, "standardise"):
+            filters = self.norm.standardise(self.conv.weight)
+            maps = functional_call(self.conv, {"weight": filters}, (maps,))
+        else:
+            maps = self.conv(maps)
+        maps = self.norm(maps)
+        maps = self.norm.activate(maps) if hasattr(self.norm, "activate") else F.relu(maps, inplace=True)
         return max_pool2d(maps) if pool else maps

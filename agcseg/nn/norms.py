@@ -1,11 +1,122 @@
-"""The normalisations that `norm=` names: callables shaped like BatchNorm2d, from a number of channels to a module."""
+"""The normalisations that `norm=` names: callables shaped like BatchNorm2d, from a number of channels to a module.
+
+The modules defined here take maps (N, C, H, W), have parameters of shape (C,) and take the statistics of half-precision
+maps in float32. A norm changes what its `ConvUnit` does around it by having one of two methods: `activate(maps)`
+takes the place of the ReLU, and the convolution uses `standardise(filters)` instead of its filters.
+"""
 
 import math
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from agcseg.nn.agc import AGC2d
+from agcseg.nn.background import BackgroundAGC2d
+
+
+def agc_norm(
+    num_features: int,
+    mean_scale: float = 1.0,
+    background: str = "map",
+    window: int | float = 0.5,
+    quantile: float = 0.5,
+) -> AGC2d:
+    """AGC2d, whose background is the mean of the map, or AGC with another one (see `agcseg.nn.background`)."""
+    if background == "map":
+        return AGC2d(num_features, mean_scale)
+    return BackgroundAGC2d(num_features, mean_scale, background, window, quantile)
+
+
+def center(num_features: int, mean_scale: float = 1.0) -> AGC2d:
+    """AGC whose λ is fixed: 1 subtracts each map's mean, 0 leaves gain and bias alone."""
+    norm = AGC2d(num_features, mean_scale)
+    norm.mean_scale.requires_grad_(False)
+    return norm
+
+
+class AGCStd2d(AGC2d):
+    """AGC divided by each map's standard deviation: (z - λ·mean(z)) / sqrt(var(z) + ε)·γ + β.
+
+    With λ = 1 it is instance normalisation. With another λ a constant map, as behind dead inputs, or one of 1x1 is
+    scaled up by 1/sqrt(ε).
+    """
+
+    def __init__(self, num_features: int, mean_scale: float = 1.0, eps: float = 1e-5) -> None:
+        super().__init__(num_features, mean_scale)
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        maps = _at_least_float32(input)
+        variance, mean = torch.var_mean(maps, (2, 3), correction=0, keepdim=True)
+        weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias, self.mean_scale))
+        return ((maps - mean_scale * mean) * (weight * (variance + self.eps).rsqrt()) + bias).to(input.dtype)
+
+
+class MeanOnlyBatchNorm2d(nn.Module):
+    """Batch normalisation without the division (Salimans & Kingma 2016): (z - mean)·γ + β, the mean of a minibatch.
+
+    Evaluation subtracts the running mean, which moves by `momentum` towards each minibatch's.
+    """
+
+    def __init__(self, num_features: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        maps, mean = _at_least_float32(input), self.running_mean
+        if self.training:
+            mean = maps.mean((0, 2, 3))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        mean, weight, bias = (v.view(1, -1, 1, 1) for v in (mean, self.weight, self.bias))
+        return ((maps - mean) * weight + bias).to(input.dtype)
+
+
+class FRN2d(nn.Module):
+    """Filter response normalisation z / sqrt(mean(z²) + |ε|)·γ + β, the mean over each map (Singh & Krishnan 2020).
+
+    Brings its own activation, the thresholded linear unit max(·, τ) with a trained τ (`threshold`, starts at 0). ε is
+    not trained.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.threshold = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        maps = _at_least_float32(input)
+        power = maps.square().mean((2, 3), keepdim=True)
+        weight, bias = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias))
+        return (maps * (weight * (power + abs(self.eps)).rsqrt()) + bias).to(input.dtype)
+
+    def activate(self, maps: Tensor) -> Tensor:
+        return torch.maximum(maps, self.threshold.view(1, -1, 1, 1).to(maps.dtype))
+
+
+class ScaledWS2d(nn.Module):
+    """Scaled weight standardisation (Brock et al. 2021): every filter with mean 0 and the norm that keeps a variance
+    behind ReLU, sqrt(2 / (1 - 1/π)). The maps get γ and β only. Initial weights matter by their direction alone."""
+
+    def __init__(self, num_features: int, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def standardise(self, filters: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(filters, (1, 2, 3), correction=0, keepdim=True)
+        norm = (variance * filters[0].numel()).clamp(min=self.eps).sqrt()
+        return (filters - mean) * (math.sqrt(2 / (1 - 1 / math.pi)) / norm)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (input * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
 
 
 def group_norm(num_features: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
@@ -23,12 +134,21 @@ def instance_norm(num_features: int, eps: float = 1e-5) -> nn.InstanceNorm2d:
     return nn.InstanceNorm2d(num_features, eps=eps, affine=True)
 
 
+def _at_least_float32(maps: Tensor) -> Tensor:
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+
+
 # None is no normalisation: the convolution then has a bias of its own.
 NORMS: dict[str, Callable[..., nn.Module] | None] = {
-    "agc": AGC2d,
+    "agc": agc_norm,
     "bn": nn.BatchNorm2d,
     "group": group_norm,
     "instance": instance_norm,
     "layer": layer_norm,
     "none": None,
+    "center": center,
+    "agc_std": AGCStd2d,
+    "mean_only": MeanOnlyBatchNorm2d,
+    "frn": FRN2d,
+    "ws": ScaledWS2d,
 }

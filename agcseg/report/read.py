@@ -17,7 +17,9 @@ from agcseg.config import Config
 from agcseg.errors import UserError
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
-         "layer": "Layer normalisation", "instance": "Instance normalisation"}  # fmt: skip
+         "layer": "Layer normalisation", "instance": "Instance normalisation",
+         "center": "AGC, λ fixed", "agc_std": "AGC by deviation", "mean_only": "Mean-only batch norm.",
+         "frn": "Filter response norm.", "ws": "Weight standardisation"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC"}  # fmt: skip
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
@@ -48,7 +50,7 @@ class Run:
     width: float | None
     norm: str
     minibatch: int
-    rate: float  # lr.value or, where that is null, lr.base * minibatch
+    rate: float  # the effective one: agcseg.config.rate
     seed: int | None
     epochs: int  # asked for
     data: str
@@ -157,11 +159,13 @@ def _run(path: Path, result: dict, rows: dict, config) -> Run:
         return None if value is None else kind(value)
 
     minibatch, rate, (height, width) = get("minibatch", int), get("lr.value", float, False), get("data.size", list)
+    if rate is None:
+        rate = get("lr.base", float) * minibatch * minibatch / (get("momentum_match", int, False) or minibatch)
     commonest = result.get("commonest_class_error")
     return Run(
         name=path.name, path=path, network=get("network.name", str), width=get("network.width", float, False),
         norm=get("norm.name", str), minibatch=minibatch, seed=get("seed", int, False), epochs=get("epochs", int),
-        rate=get("lr.base", float) * minibatch if rate is None else rate, data=get("data.name", str),
+        rate=rate, data=get("data.name", str),
         size=(int(height), int(width)), state=result["state"], reason=str(result.get("reason") or ""), rows=rows,
         commonest_class_error=math.nan if commonest is None else float(commonest),
         settings=flat(asdict(Config())) | flat(OmegaConf.to_container(config)),  # a run may be older than a key

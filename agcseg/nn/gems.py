@@ -1,0 +1,146 @@
+"""GEMS, the gated effective minibatch size (Deep Control, section 1): gradients by the number of active points.
+
+The paper proposes to "normalise the gradients not by the mapsize x minibatchsize but to the number of non-saturated
+points in the map or minibatch thereof" and gives no more. Here filter c of a unit with P points in its maps, of which
+A are let through by its ReLU, has its gradients multiplied by
+
+    s = min(limit, P / A)          s = 1 where A = 0: such a filter's gradients are 0
+
+That is the ratio of the two normalisers, so the loss stays as it is. Only the gradients of parameters are scaled, never
+the error sent on to the layer below, so that no layer changes another's gradients. Layers without a ReLU, the
+classifier, are left alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from agcseg.errors import UserError
+from agcseg.nn.agc import AGC2d
+from agcseg.nn.conv import ConvUnit
+from agcseg.nn.norms import FRN2d, ScaledWS2d
+
+MODES = ("minibatch", "map", "sample")
+# Norms that treat each map on its own, so that a factor on a map's error comes out of their backward as it went in.
+SEPARATE = (AGC2d, FRN2d, ScaledWS2d, nn.InstanceNorm2d, nn.Identity)
+
+
+class GEMS:
+    """Counts active points while `network` runs forward in training, and scales the gradients when asked to.
+
+    Between `backward`, of one or several parts of a minibatch, and the optimiser's step call `scale_gradients`. Where
+    several processes share a minibatch, first add up `active` and `points` over them. All units change to their
+    literal implementation, as the fast one does not show what it lets through.
+
+    Args:
+        network: any network made of `ConvUnit`, on the device it stays on.
+        mode: what is counted, for each filter:
+            "minibatch": points of all its maps.
+            "sample": samples with an active point; P is the number of samples.
+            "map": points of each map by themselves; each sample's part of the gradient has its own factor, before they
+                are added up. For norms that treat each map on its own. The same as "minibatch" for one sample.
+        limit: the largest factor, at least 1; `inf` for none.
+
+    Attributes:
+        active: unit's name -> A, (C,) int64, since the last `scale_gradients`.
+        points: unit's name -> P, () int64.
+        factors: unit's name -> s of the last `scale_gradients`, (C,) float64; with "map" the mean over samples of the
+            last part.
+
+    Raises:
+        UserError (a ValueError): mode or limit cannot be used, or "map" not with this network's norm.
+    """
+
+    def __init__(self, network: nn.Module, mode: str = "minibatch", limit: float = 10.0) -> None:
+        if mode not in MODES:
+            raise UserError(f"GEMS mode {mode!r} is not known; choose from {', '.join(MODES)}")
+        if not limit >= 1:
+            raise UserError(f"GEMS limit {limit} must be at least 1")
+        self.mode, self.limit = mode, limit
+        self.units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
+        self.active: dict[str, Tensor] = {}
+        self.points: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
+        for name, unit in self.units.items():
+            if mode == "map" and not isinstance(unit.norm, SEPARATE):
+                raise UserError(f"GEMS mode 'map' cannot be used with {type(unit.norm).__name__}, which mixes maps")
+            unit.implementation = "literal"
+            self._reset(name)
+            self._hook(name, unit)
+
+    def scale_gradients(self) -> None:
+        """Multiply the gradients of all units' parameters by their factors, and start to count afresh."""
+        for name, unit in self.units.items():
+            if self.mode != "map":
+                factor = self.factors[name] = self._factor(self.active[name], self.points[name])
+                for parameter in unit.parameters():
+                    # a threshold of the activation learns from the points that it stops
+                    if parameter.grad is not None and parameter is not getattr(unit.norm, "threshold", None):
+                        parameter.grad.mul_(factor.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1)))
+            self._reset(name)
+
+    def _factor(self, active: Tensor, points: Tensor | int) -> Tensor:
+        factor = (points / active.clamp(min=1).double()).clamp(max=self.limit)
+        return torch.where(active > 0, factor, 1.0)
+
+    def _reset(self, name: str) -> None:
+        weight = self.units[name].conv.weight
+        self.active[name] = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        self.points[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
+
+    def _hook(self, name: str, unit: ConvUnit) -> None:
+        scale: dict[str, Tensor] = {}  # of the forward in progress, until its backward
+
+        def count(norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
+            if not (norm.training and torch.is_grad_enabled()):
+                return maps
+            gate = maps.detach() > (norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0)
+            each = gate.flatten(2).sum(2)  # (N, C)
+            positions = maps.shape[2:].numel()
+            counted = (each > 0).sum(0) if self.mode == "sample" else each.sum(0)
+            self.active[name] += counted
+            self.points[name] += len(maps) * (1 if self.mode == "sample" else positions)
+            if self.mode == "map":
+                factor = self._factor(each, positions).to(maps.dtype)[:, :, None, None]
+                self.factors[name] = factor.mean((0, 2, 3))
+                scale["of maps"] = factor
+                maps = maps.clone()  # the ReLU works in place, and on a view (instance norm's) that loses the hook
+                maps.register_hook(lambda grad: grad * factor)
+            return maps
+
+        def rewire(conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
+            if not (conv.training and torch.is_grad_enabled()):
+                return maps
+            return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, scale)
+
+        unit.norm.register_forward_hook(count)
+        if self.mode == "map":
+            unit.conv.register_forward_hook(rewire)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution's output as given, with a backward that takes an error scaled map by map: the filters get it so,
+    the input gets the error itself."""
+
+    @staticmethod
+    def forward(ctx, output, input, filters, bias, padding, scale):
+        ctx.save_for_backward(input, filters)
+        ctx.padding, ctx.scale, ctx.biased = padding, scale, bias is not None
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, filters = ctx.saved_tensors
+
+        def backward(error, *mask):
+            x, w = input.to(error.dtype), filters.to(error.dtype)
+            return torch.ops.aten.convolution_backward(
+                error, x, w, [len(w)], (1, 1), ctx.padding, (1, 1), False, (0, 0), 1, mask
+            )
+
+        d_input = None
+        if ctx.needs_input_grad[1]:
+            d_input = backward(grad / ctx.scale["of maps"], True, False, False)[0].to(input.dtype)
+        _, d_filters, d_bias = backward(grad, False, True, ctx.biased)
+        d_bias = d_bias.to(filters.dtype) if ctx.biased else None
+        return None, d_input, d_filters.to(filters.dtype), d_bias, None, None

@@ -81,6 +81,7 @@ class Config:
     weight_decay: float = 0.0
     class_weights: str = "enet"
     contour: ContourConfig = field(default_factory=ContourConfig)
+    init_from: Optional[str] = None
     epochs: int = 150
     seed: int = 1
     device: str = "auto"

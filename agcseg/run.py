@@ -34,6 +34,7 @@ from agcseg.record import (
     write_metrics,
     write_picture,
 )
+from agcseg.trained import start_from
 
 log = logging.getLogger("agcseg")
 
@@ -120,6 +121,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         implementation=config.network.implementation,
         **config.network.options,
     ).to(device)
+    if config.init_from and not (folder / "last.pt").exists():
+        log.info(start_from(network, config.init_from))
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     learning_rate = rate(config)

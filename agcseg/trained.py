@@ -87,6 +87,33 @@ def load(path: str | Path) -> Trained:
     return Trained(network.eval(), classes, config, saved["epoch"], path)
 
 
+def start_from(network: nn.Module, path: str | Path) -> str:
+    """Give a new network the weights of a trained one; layers whose width hangs on the number of classes may differ.
+
+    Args:
+        network: of the same kind, norm and width, for these or other classes.
+        path: the folder of a run, or a checkpoint.
+
+    Returns:
+        a line that says what was taken, and what stayed new.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds another network.
+    """
+    path = _checkpoint(Path(path).expanduser())
+    saved, own = load_checkpoint(path)["network"], network.state_dict()
+    other = sorted(saved.keys() ^ own.keys())
+    other += [
+        key for key in own if key.startswith("encoder") and key not in other and own[key].shape != saved[key].shape
+    ]
+    if other:
+        raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
+    fitting = {key: saved[key] for key in own if own[key].shape == saved[key].shape}
+    network.load_state_dict(fitting, strict=False)
+    new = [key for key in own if key not in fitting]
+    return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
+
+
 def _checkpoint(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give the folder of a run, such as outputs/demo/RUN")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import agcseg
 from agcseg.cli import eval as eval_program
 from agcseg.cli import predict as predict_program
-from agcseg.config import Config, DataConfig, NetworkConfig
+from agcseg.config import Config, DataConfig, NetworkConfig, RateConfig
 from agcseg.data import LAYOUTS
 from agcseg.data.layout import Sample, list_samples
 from agcseg.data.layout import load as load_sample
@@ -21,7 +21,7 @@ from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate, intervals
 from agcseg.predict import find_images
 from agcseg.run import run
-from agcseg.trained import logits, prediction
+from agcseg.trained import logits, prediction, start_from
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,42 @@ def test_other_classes_are_refused(runs, streets):
     trained = agcseg.load(runs / "segnet")
     with pytest.raises(UserError, match="tells road, .* apart; CamVid has sky, "):
         evaluate(trained, LAYOUTS["camvid"], [])
+
+
+def test_a_run_that_starts_from_another(runs, tiny, tmp_path, caplog):
+    first = agcseg.load(runs / "segnet").network.state_dict()
+    run(tiny(init_from=str(runs / "segnet"), lr=RateConfig(value=1e-30), epochs=1), tmp_path / "run")
+    start = agcseg.load(tmp_path / "run").network.state_dict()
+    assert all(torch.equal(start[key], first[key]) for key in first)
+    assert f"weights from {runs / 'segnet/last.pt'}" in (tmp_path / "run/run.log").read_text()
+    moved = tiny(init_from=str(runs / "segnet"), lr=RateConfig(value=1e-30), epochs=2)
+    (runs / "segnet/last.pt").rename(runs / "segnet/away.pt")  # a continuation does not need it
+    try:
+        assert run(moved, tmp_path / "run")["epochs"] == 2
+        with pytest.raises(UserError, match=r"segnet: holds no last\.pt"):
+            run(moved, tmp_path / "another")
+    finally:
+        (runs / "segnet/away.pt").rename(runs / "segnet/last.pt")
+
+
+def test_start_from_other_classes(runs):
+    for name, new in (("segnet", {"head.weight", "head.bias"}), ("classnet", None)):
+        network = agcseg.build(name, width=0.05, num_classes=11)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        said, after = start_from(network, runs / name), network.state_dict()
+        saved = agcseg.load(runs / name).network.state_dict()
+        for key, value in after.items():
+            fits = saved[key].shape == value.shape
+            assert torch.equal(value, saved[key] if fits else before[key])
+            assert fits != (key in said.split(": ")[1].split(", "))
+        assert new is None or new == {key for key in saved if saved[key].shape != after[key].shape}
+
+
+@pytest.mark.parametrize("values", [{"norm": "bn"}, {"width": 0.1}, {"network": "classnet"}])
+def test_start_from_another_network_is_refused(runs, values):
+    network = agcseg.build(**{"network": "segnet", "width": 0.05, **values})
+    with pytest.raises(UserError, match="init_from=.*: is a network of another kind, norm or width"):
+        start_from(network, runs / "segnet")
 
 
 @pytest.fixture

@@ -6,5 +6,16 @@ Importing this package loads torch and nothing else.
 from agcseg.networks import build
 from agcseg.nn import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu, agc_unit, convert_batchnorm
 
+
+def load(path):
+    """A trained network from its run's folder or checkpoint: network in eval mode, classes, config, epoch, path.
+
+    See `agcseg.trained.load`; only calling it loads what else is needed to read checkpoints.
+    """
+    from agcseg.trained import load
+
+    return load(path)
+
+
 __version__ = "0.1.0"
-__all__ = ["AGC2d", "AGCReLU2d", "ConvUnit", "agc", "agc_relu", "agc_unit", "build", "convert_batchnorm"]
+__all__ = ["AGC2d", "AGCReLU2d", "ConvUnit", "agc", "agc_relu", "agc_unit", "build", "convert_batchnorm", "load"]

@@ -101,6 +101,7 @@ class Config:
     contour: ContourConfig = field(default_factory=ContourConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     gems: GemsConfig = field(default_factory=GemsConfig)
+    init_from: Optional[str] = None
     epochs: int = 150
     seed: int = 1
     device: str = "auto"

@@ -92,7 +92,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and the disk raise
-        raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or "network" not in content:
         raise UserError(f"{path}: is no checkpoint of agcseg")
     return content

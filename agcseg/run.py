@@ -40,6 +40,7 @@ from agcseg.record import (
     write_picture,
     write_tables,
 )
+from agcseg.trained import start_from
 
 log = logging.getLogger("agcseg")
 
@@ -142,6 +143,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         implementation=config.network.implementation,
         **config.network.options,
     ).to(device)
+    if config.init_from and not (folder / "last.pt").exists():
+        log.info(start_from(network, config.init_from))
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.sync_bn and parallel.world() > 1:

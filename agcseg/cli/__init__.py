@@ -1,7 +1,9 @@
 """The programs. Only they know Hydra."""
 
+import argparse
 import difflib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,9 +35,59 @@ def check_keys(program: str, arguments: list[str], schema: type) -> None:
         key, is_override, _ = argument.partition("=")
         free = key.startswith(("-", "+", "~", "hydra", "experiment", "figure1")) or ".options." in key
         if is_override and not free and key.partition("@")[0] not in known:
-            close = difflib.get_close_matches(key, known, 3, 0.5)
-            meant = f"did you mean {' or '.join(close)}? " if close else ""
-            fail(program, UserError(f"{key} is not a key of the configuration; {meant}{program} --help lists them all"))
+            fail(program, _unknown(program, f"{key} is not a key of the configuration", key, known))
+
+
+def _unknown(program: str, what: str, key: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(key, known, 3, 0.5)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return UserError(f"{what}; {meant}{program} --help lists them all")
+
+
+def parse_run(program: str, keys: dict, description: str, epilog: str, argv: list[str] | None) -> tuple[str, dict]:
+    """The command line RUN KEY=VALUE ... of the programs that use a trained network. They need no Hydra.
+
+    Args:
+        keys: every key with its default, or with its type if the default is None.
+
+    Returns:
+        RUN, and the keys with their values.
+
+    Raises:
+        UserError: an argument is not of this form.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} RUN [KEY=VALUE ...]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as outputs/demo/RUN, or its last.pt")
+    parser.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="see below")
+    arguments = parser.parse_args(argv)
+    first = arguments.run.partition("=")[0]
+    if first in keys and not Path(arguments.run).exists():
+        raise UserError(f"{arguments.run}: the run comes first: {program} RUN {arguments.run} ...")
+    values = {key: None if isinstance(default, type) else default for key, default in keys.items()}
+    for setting in arguments.settings:
+        key, given, text = setting.partition("=")
+        if not given or key not in keys:
+            raise _unknown(program, f"{setting}: expected KEY=VALUE with one of the keys {', '.join(keys)}", key, keys)
+        values[key] = _typed(key, text, keys[key] if isinstance(keys[key], type) else type(keys[key]))
+    return arguments.run, values
+
+
+def _typed(key: str, text: str, kind: type) -> bool | int | str:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text}: must be true or false")
+        return text.lower() == "true"
+    if kind is int:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"{key}={text}: must be a number, at least 1")
+        return int(text)
+    return text
 
 
 def to_object(cfg: DictConfig):

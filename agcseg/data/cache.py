@@ -124,10 +124,8 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
                 image, *truth = load(samples[i], layout)
             except UserError as error:
                 return str(error)
-            resized = image.resize((width, height), Image.Resampling.BILINEAR)
-            images[i] = np.asarray(resized).transpose(2, 0, 1)
-            nearest = (Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST) for part in truth)
-            labels[i], instances = map(np.asarray, nearest)
+            images[i] = resize_image(image, size)
+            labels[i], instances = (resize_truth(part, size) for part in truth)
             borders[i] = contours(labels[i], instances)
             return None
 
@@ -141,6 +139,16 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def resize_image(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """An RGB image at (height, width), by Pillow's bilinear filter with antialiasing; (3, height, width) uint8."""
+    return np.ascontiguousarray(np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+
+
+def resize_truth(truth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Labels or instances at (height, width), by the nearest neighbour."""
+    return np.asarray(Image.fromarray(truth).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def contours(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:

@@ -85,10 +85,10 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
         UserError: a file is missing, truncated, of the wrong size or holds numbers that are not labels; it names the
             file.
     """
-    image = _decode(sample.image).convert("RGB")
+    image = decode(sample.image).convert("RGB")
     if layout.image_size and (image.height, image.width) != layout.image_size:
         raise UserError(f"{sample.image}: {_size(image)}, expected {layout.image_size[0]}x{layout.image_size[1]}")
-    label = _decode(sample.label)
+    label = decode(sample.label)
     _check_size(sample.label, label, image)
     if label.mode not in ("L", "P"):
         raise UserError(
@@ -100,7 +100,7 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
         raise UserError(f"{sample.label}: holds {_few(numbers)}, which are no label ids of {layout.title}")
     if sample.instance is None:
         return image, labels, labels
-    instance = _decode(sample.instance)
+    instance = decode(sample.instance)
     _check_size(sample.instance, instance, image)
     if not instance.mode.startswith("I"):
         raise UserError(f"{sample.instance}: mode {instance.mode}, expected one 16-bit channel of instance ids")
@@ -121,14 +121,19 @@ def check(samples: list[Sample], layout: Layout, progress: Callable[[Iterable], 
         return [line for line in progress(pool.map(problem, samples)) if line]
 
 
-def _decode(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
+    """Read a whole picture.
+
+    Raises:
+        UserError: it is missing, truncated, not an image, or larger than Pillow thinks sane; it names the file.
+    """
     try:
         with Image.open(path) as image:
             image.load()
             return image
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is broken
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's ways to say so
         raise UserError(f"{path}: cannot be decoded, truncated or not an image ({error})") from None
 
 

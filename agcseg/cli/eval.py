@@ -1,0 +1,149 @@
+"""The program agcseg-eval."""
+
+import io
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import agcseg
+from agcseg.cli import fail, parse_run
+from agcseg.config import DataConfig
+from agcseg.data import LAYOUTS, streets_root
+from agcseg.data.layout import Sample, list_samples
+from agcseg.data.minibatches import choose
+from agcseg.errors import UserError
+from agcseg.evaluate import confusion_figure, evaluate
+from agcseg.machine import find_device
+from agcseg.record import write, write_json
+from agcseg.trained import Trained
+
+KEYS = {
+    "data": str,
+    "data.root": str,
+    "split": "val",
+    "images": int,
+    "resolution": "training",
+    "minibatch": 4,
+    "device": "auto",
+    "output": str,
+}
+
+EPILOG = """\
+examples:
+  agcseg-eval outputs/demo/segnet-agc-mb4-lr0.08-seed1
+  agcseg-eval RUN resolution=full
+  agcseg-eval RUN data=cityscapes data.root=/data/cityscapes split=val
+  agcseg-eval outputs/cityscapes/RUN/last.pt split=train images=500
+
+keys:
+  data=NAME            cityscapes, camvid or streets; what the run was trained on, if not given. Its classes must be
+                       the run's
+  data.root=FOLDER     where it lies, if elsewhere than for the run
+  split=val            or train, or whatever the data set has labels for (CamVid: test)
+  images=N             a fixed, seeded choice of N images; if not given, those of the run on its own data, all of other
+                       data
+  resolution=training  training: labels resized to the training size, as in training, so the figures are the run's.
+                       full: the network sees the same, its logits are resized to the labels' own size, as benchmarks do
+  minibatch=4          images at once
+  device=auto          CUDA if there is any, else the CPU; or cpu, cuda, cuda:1 ...
+  output=FOLDER        where the files go; the run's folder, if not given
+
+written:
+  eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
+  eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
+
+Intervals are 95 %, by the bootstrap over images: how far a figure hangs on the choice of images, not how it varies from
+one training to the next.
+
+exit code: 0 all is well, 2 the command, the run or the data cannot be used
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs agcseg-eval; returns the exit code."""
+    try:
+        run, keys = parse_run("agcseg-eval", KEYS, "Pixel error and IoU of a trained network.", EPILOG, argv)
+        if keys["resolution"] not in ("training", "full"):
+            raise UserError(f"resolution={keys['resolution']}: choose from training, full")
+        if keys["data"] not in (None, *LAYOUTS):
+            raise UserError(f"data={keys['data']}: choose from {', '.join(LAYOUTS)}")
+        if not keys["split"].isalnum():
+            raise UserError(f"split={keys['split']}: must be the name of a folder, such as train, val or test")
+        device = find_device(keys["device"])
+        trained = agcseg.load(run)
+        trained.network.to(device)
+        layout = LAYOUTS[keys["data"] or trained.config.data.name]
+        samples = _samples(trained, keys)
+        full = keys["resolution"] == "full"
+        figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
+        what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "split": keys["split"]}
+        size = {"resolution": keys["resolution"], "training_size": list(trained.config.data.size)}
+        base = Path(keys["output"] or trained.path.parent).expanduser()
+        base.mkdir(parents=True, exist_ok=True)
+        base /= f"eval-{layout.name}-{keys['split']}-{keys['resolution']}"
+        picture = io.BytesIO()
+        title = (
+            f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "
+            f"{len(samples)} images, in % of the true class"
+        )
+        confusion_figure(figures["confusion"], layout.classes.names, title).savefig(picture, format="png", dpi=110)
+        write(base.with_suffix(".png"), picture.getvalue())
+        write_json(base.with_suffix(".json"), {**what, **size, **figures})
+    except torch.OutOfMemoryError:
+        fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
+    except (UserError, OSError) as error:
+        fail("agcseg-eval", error)
+    print(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
+    print(_table(figures))
+    print(f"wrote {base}.json\nwrote {base}.png")
+    return 0
+
+
+def _samples(trained: Trained, keys: dict) -> list[Sample]:
+    """The images to be evaluated: of the run's own data set those that the run used."""
+    data, split, root = trained.config.data, keys["split"], keys["data.root"]
+    if keys["data"] not in (None, data.name):
+        data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=data.cache_dir)
+    root = root or data.root
+    if root is None and data.name == "streets":
+        streets = data.streets
+        root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed)
+    if root is None:
+        raise UserError(f"data={data.name}: give its folder with data.root=")
+    samples = list_samples(LAYOUTS[data.name], Path(root).expanduser(), split)
+    wanted = keys["images"] or {"train": data.train_images, "val": data.val_images}.get(split)
+    if keys["images"] and keys["images"] > len(samples):
+        raise UserError(f"images={keys['images']}: there are {len(samples)} {split} images")
+    return [samples[i] for i in choose(len(samples), wanted, data.choice_seed)]
+
+
+def _table(figures: dict) -> str:
+    def percent(value) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    def row(name: str, value, interval, recall="", share="") -> str:
+        within = f"{percent(interval[0])} to {percent(interval[1])}" if interval else "-"
+        return f"{name:<16}{percent(value):>8}{within:>18}{recall:>10}{share:>10}".rstrip()
+
+    rows = [
+        f"{'in %':<16}{'':>8}{'95 % interval':>18}",
+        row("pixel error", figures["pixel_error"], figures["pixel_error_interval"]),
+        row("  of all pixels", figures["pixel_error_all"], None),
+        row("mIoU", figures["miou"], figures["miou_interval"]),
+        *(row(key, figures[key], None) for key in ("contour_iou", "contour_f") if key in figures),
+        f"\n{'class':<16}{'IoU':>8}{'95 % interval':>18}{'recall':>10}{'share':>10}",
+    ]
+    for one in figures["classes"]:
+        rows.append(row(one["class"], one["iou"], one["iou_interval"], percent(one["recall"]), percent(one["share"])))
+    return "\n".join(rows)
+
+
+def _progress(items):
+    return tqdm(items, "evaluating", unit="minibatch", disable=not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,167 @@
+"""What training left, ready to use: a network in eval mode, and what its classes mean."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agcseg.config import Config
+from agcseg.data import LAYOUTS
+from agcseg.data.labels import Classes
+from agcseg.data.minibatches import MEAN, STD, normalise
+from agcseg.errors import UserError
+from agcseg.networks import build
+from agcseg.record import load_checkpoint
+
+
+class Trained(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        network: in eval mode, on the CPU; takes images as `agcseg.data.minibatches.normalise` gives them.
+        classes: names, colours and palette of the classes, in the order of the logits.
+        config: of its run; `config.data.size` is the (height, width) it was trained at.
+        epoch: after which its weights were stored.
+        path: of the checkpoint.
+    """
+
+    network: nn.Module
+    classes: Classes
+    config: Config
+    epoch: int
+    path: Path
+
+
+def load(path: str | Path) -> Trained:
+    """Read a trained network.
+
+    Args:
+        path: the folder of a run, or a checkpoint (last.pt).
+
+    Raises:
+        UserError: there is no checkpoint, it cannot be read, or this version of agcseg cannot do what it was trained
+            for: other classes, another normalisation of images, another network.
+    """
+    path = _checkpoint(Path(path).expanduser())
+    saved = load_checkpoint(path)
+    missing = [key for key in ("config", "classes", "normalisation", "epoch") if key not in saved]
+    if missing:
+        raise UserError(f"{path}: is no checkpoint of agcseg-train: it lacks {', '.join(missing)}")
+    try:  # keys that the run is older than have their default
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved["config"]))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: was written by another version of agcseg ({str(error).splitlines()[0]})") from None
+    if config.data.name not in LAYOUTS:
+        raise UserError(f"{path}: was trained on {config.data.name}, which this version of agcseg does not know")
+    classes = LAYOUTS[config.data.name].classes
+    if list(saved["classes"]) != list(classes.names):
+        raise UserError(
+            f"{path}: was trained on the classes {', '.join(saved['classes'])}; those of {config.data.name} are now "
+            f"{', '.join(classes.names)}"
+        )
+    if saved["normalisation"] != {"mean": list(MEAN), "std": list(STD)}:
+        raise UserError(
+            f"{path}: its images were normalised by {saved['normalisation']}, those of this version by mean "
+            f"{list(MEAN)} and std {list(STD)}"
+        )
+    try:
+        network = build(
+            config.network.name,
+            norm=config.norm.name,
+            norm_options=config.norm.options,
+            num_classes=len(classes),
+            width=config.network.width,
+            implementation=config.network.implementation,
+            **config.network.options,
+        )
+        network.load_state_dict(saved["network"])
+    except UserError as error:
+        raise UserError(f"{path}: was written by another version of agcseg ({error})") from None
+    except RuntimeError as error:
+        fault = " ".join(str(error).splitlines()[1].split()) if "\n" in str(error) else str(error)
+        raise UserError(f"{path}: its weights do not fit its configuration's {config.network.name}: {fault}") from None
+    return Trained(network.eval(), classes, config, saved["epoch"], path)
+
+
+def start_from(network: nn.Module, path: str | Path) -> str:
+    """Give a new network the weights of a trained one; layers whose width hangs on the number of classes may differ.
+
+    Args:
+        network: of the same kind, norm and width, for these or other classes.
+        path: the folder of a run, or a checkpoint.
+
+    Returns:
+        a line that says what was taken, and what stayed new.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds another network.
+    """
+    path = _checkpoint(Path(path).expanduser())
+    saved, own = load_checkpoint(path)["network"], network.state_dict()
+    other = sorted(saved.keys() ^ own.keys())
+    other += [
+        key for key in own if key.startswith("encoder") and key not in other and own[key].shape != saved[key].shape
+    ]
+    if other:
+        raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
+    fitting = {key: saved[key] for key in own if own[key].shape == saved[key].shape}
+    network.load_state_dict(fitting, strict=False)
+    new = [key for key in own if key not in fitting]
+    return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
+
+
+def _checkpoint(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give the folder of a run, such as outputs/demo/RUN")
+    if not path.is_dir():
+        return path
+    if (path / "last.pt").is_file():
+        return path / "last.pt"
+    runs = sorted(str(file.parent) for file in path.glob("*/last.pt"))
+    if runs:
+        raise UserError(f"{path}: holds {len(runs)} runs; give one of them, such as\n  " + "\n  ".join(runs[:5]))
+    raise UserError(f"{path}: holds no last.pt; give the folder of a run, or its checkpoint")
+
+
+@torch.no_grad()
+def logits(trained: Trained, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the network says to images, in the precision that it was trained in.
+
+    Args:
+        images: (N, 3, h, w) uint8, RGB, on the network's device, at the size of training.
+
+    Returns:
+        float32 logits of the classes, (N, K, h, w), and of the contour, (N, 1, h, w), or None without one.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=trained.config.precision == "bf16"):
+        outputs = trained.network(normalise(images))
+    classes, contour = (outputs.classes, outputs.contour) if trained.network.contour else (outputs, None)
+    return classes.float(), contour if contour is None else contour.float()
+
+
+def prediction(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The likeliest class of each pixel, the logits resized bilinearly first.
+
+    Args:
+        logits: (K, h, w).
+        size: (height, width) wanted.
+
+    Returns:
+        (height, width) uint8 class numbers.
+    """
+    best = resized(logits[0], size)
+    chosen = torch.zeros_like(best, dtype=torch.uint8)
+    for k in range(1, len(logits)):  # one by one: of a large photograph, K maps at once would be gigabytes
+        score = resized(logits[k], size)
+        chosen = torch.where(score > best, k, chosen)
+        best = torch.maximum(best, score)
+    return chosen
+
+
+def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (h, w), resized bilinearly to `size`; at its own size it is left as it is, bit for bit."""
+    return F.interpolate(one[None, None], size, mode="bilinear", align_corners=False)[0, 0]

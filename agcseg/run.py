@@ -1,7 +1,5 @@
 """One training run, from its configuration to its result, top to bottom."""
 
-import inspect
-import json
 import logging
 import math
 import os
@@ -11,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import filelock
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -23,10 +20,11 @@ from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
+from agcseg.folder import check_same_run, finished, free_folder, lock, result_line
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
-from agcseg.nn import GEMS, NORMS, add_noise
+from agcseg.nn import GEMS, add_noise
 from agcseg.record import (
     TensorBoard,
     layer_rows,
@@ -43,14 +41,6 @@ from agcseg.record import (
 from agcseg.trained import start_from
 
 log = logging.getLogger("agcseg")
-
-LOCK_WAIT = 60.0  # seconds for another process to leave the folder: after a stop it may still be about to end
-
-# What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
-FREE = {
-    "name", "run", "epochs", "device", "channels_last", "compile", "resume", "images", "data.root", "data.cache_dir",
-    "network.implementation", "network.options.recompute",
-}  # fmt: skip
 
 
 def run(config: Config, folder: Path) -> dict:
@@ -82,8 +72,8 @@ def run(config: Config, folder: Path) -> dict:
         raise UserError(
             f"minibatch={config.minibatch} cannot be shared by {processes} processes in {config.accumulate} parts each"
         )
-    folder = folder if config.resume else parallel.from_first(_free_folder(folder))
-    result = parallel.from_first(_finished(config, folder) if first else None)
+    folder = folder if config.resume else parallel.from_first(free_folder(folder))
+    result = parallel.from_first(finished(config, folder) if first else None)
     if result:
         return result
     data = config.data
@@ -106,17 +96,17 @@ def run(config: Config, folder: Path) -> dict:
         return parallel.from_first(None) or _train(*arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    held = lock(folder)
     log_file = logging.FileHandler(folder / "run.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(log_file)
     try:
         # Another process may have finished it before it gave the lock away.
-        return parallel.from_first(_finished(config, folder)) or _train(*arguments)
+        return parallel.from_first(finished(config, folder)) or _train(*arguments)
     finally:
         log.removeHandler(log_file)
         log_file.close()
-        lock.release()
+        held.release()
 
 
 def _train(config: Config, folder: Path, device, layout, train: Split, val: Split, cache_folder: Path) -> dict:
@@ -165,7 +155,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     history = torch.empty(0, steps, parts)  # of `losses`, epoch by epoch
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt")
-        _check_same_run(saved, settings, pixels, folder)
+        check_same_run(saved, settings, pixels, folder)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
@@ -311,7 +301,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         write_json(folder / "result.json", result)
         tell(state, len(rows), config.epochs, last, reason)
     parallel.wait()
-    log.info(_result_line(folder, result))
+    log.info(result_line(folder, result))
     return result
 
 
@@ -419,63 +409,6 @@ def _always(commonest: int, val: Split, num_classes: int, device) -> float:
     return metrics.summarise(wrong, valid, sum(count[2] for count in counts))["pixel_error"]
 
 
-def _check_same_run(saved: dict, settings: dict, pixels: list[int], folder: Path) -> None:
-    there, here = _flat(saved["config"]), _flat(settings)
-    norm = NORMS[settings["norm"]["name"]]
-    options = inspect.signature(norm).parameters.values() if norm else ()
-    # a run may be older than a key or an option
-    default = _flat(asdict(Config())) | {f"norm.options.{option.name}": option.default for option in options}
-    values = {key: [side.get(key, default.get(key)) for side in (there, here)] for key in sorted({*there, *here})}
-    differ = [f"{key}: {old} there, {new} here" for key, (old, new) in values.items() if key not in FREE and old != new]
-    if not differ and saved["histogram"] != pixels:
-        differ = ["the training images or their labels have changed"]
-    if differ:
-        raise UserError(
-            f"{folder} holds another run:\n  " + "\n  ".join(differ) + "\n"
-            "Give this one another place with name= or run=, or start afresh beside it with resume=false"
-        )
-
-
-def _finished(config: Config, folder: Path) -> dict | None:
-    """The result of a run that has nothing left to do."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        raise UserError(f"{folder / 'result.json'}: is not readable; delete it to continue from last.pt") from None
-    if result["state"] == "finished" and result["epochs"] < config.epochs:
-        return None
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder}: has a result.json but no config.yaml, so it cannot be told what ran there")
-    settings, saved = asdict(config), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    _check_same_run({"config": saved, "histogram": None}, settings, None, folder)
-    log.info(f"{_result_line(folder, result)} (nothing left to do)")
-    tell("skipped", result["epochs"], config.epochs, result, f"already {result['state']}")
-    return result
-
-
-def _lock(folder: Path) -> filelock.FileLock:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        log.info(f"{folder}: another process is training this run; waiting {LOCK_WAIT:g} s for it to end")
-        try:
-            lock.acquire(timeout=LOCK_WAIT)
-        except filelock.Timeout:
-            raise UserError(f"{folder}: another process is training this run") from None
-    return lock
-
-
-def _free_folder(folder: Path) -> Path:
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
-
-
 def _choose(split: str, available: int, wanted: int | None, seed: int):
     if wanted is not None and wanted > available:
         raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
@@ -514,12 +447,6 @@ def _epoch_line(row: dict, epochs: int) -> str:
     )
 
 
-def _result_line(folder: Path, result: dict) -> str:
-    error = f", pixel error {result['pixel_error']:.2%}" if "pixel_error" in result else ""
-    reason = f": {result['reason']}" if result["reason"] else ""
-    return f"{folder}: {result['state']} after {result['epochs']} epochs{error}{reason}"
-
-
 def _duration(seconds: float) -> str:
     minutes = math.ceil(seconds / 60) if seconds >= 60 else 0
     if minutes >= 60:
@@ -552,10 +479,3 @@ def _hparams(config: Config) -> dict:
         "momentum": momentum(config),
         "seed": config.seed,
     }
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

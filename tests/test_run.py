@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import agcseg.folder
 import agcseg.losses
 import agcseg.run
 from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
@@ -236,7 +237,7 @@ def test_two_processes_do_not_share_a_run(tiny, tmp_path, monkeypatch):
     import filelock
 
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(agcseg.run, "LOCK_WAIT", 0.2)
+    monkeypatch.setattr(agcseg.folder, "LOCK_WAIT", 0.2)
     with filelock.FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another process"):
         run(tiny(), tmp_path / "run")
 

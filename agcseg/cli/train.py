@@ -17,7 +17,8 @@ from agcseg import figure1, parallel
 from agcseg.cli import CONFIGS, check_keys, fail, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
-from agcseg.run import FREE, run
+from agcseg.folder import FREE
+from agcseg.run import run
 
 ConfigStore.instance().store(name="schema", node=Config)
 for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml

@@ -29,7 +29,7 @@ written into FOLDER:
   lambda.png       λ of every layer, at the end and over the epochs (where AGC runs have recorded it)
   predictions.png  the first validation image as each run predicts it (where runs have stored predictions)
 
-exit code: 0 all is well, 1 some files are broken (the other runs are reported), 2 nothing to report
+exit code: 0 all is well, 1 some files are broken (the other runs are reported), 2 nothing to report or a wrong option
 """
 
 

@@ -50,7 +50,7 @@ def label(of: Setting) -> str:
 
 
 def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
-    """Runs by setting and seed, and a line for each run that must stay out.
+    """Runs by setting and seed, and a line for each reason why some must stay out.
 
     Of every network, the largest group of runs with the same settings stays; BN and AGC may have options of their own,
     but of each norm's runs only those with the commonest options stay.
@@ -169,22 +169,23 @@ def _keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
     if other is not run:
         best, rest = sorted((other, run), key=lambda r: (r.state == "unfinished", -r.last_epoch))
         seeds[run.seed or 0] = best
-        notes.append(f"{rest.name} is not compared: {best.name} has the same settings and seed")
+        notes.append(f"not compared, since {best.name} has the same settings and seed: {rest.name}")
 
 
 def _alike(runs: list[Run], settings: Callable[[Run], dict]) -> tuple[list[Run], list[str]]:
-    """The largest group of runs that agree in their settings, and why each of the others is not in it."""
+    """The largest group of runs that agree in their settings, and why the others are not in it."""
     usual, _ = Counter(tuple(settings(run).items()) for run in runs).most_common(1)[0]
-    usual, alike, notes = dict(usual), [], []
+    usual, alike = dict(usual), []
+    apart: dict[str, list[str]] = {}  # what differs -> names of runs
     for run in runs:
         here = settings(run)
         differing = [key for key in sorted(here.keys() | usual.keys()) if here.get(key) != usual.get(key)]
         if differing:
             what = ", ".join(f"{key} is {here.get(key)}, not {usual.get(key)}" for key in differing)
-            notes.append(f"{run.name} is not compared with the others: {what}")
+            apart.setdefault(what, []).append(run.name)
         else:
             alike.append(run)
-    return alike, notes
+    return alike, [f"not compared with the others, since {what}: {', '.join(apart[what])}" for what in apart]
 
 
 def _settings(run: Run) -> dict[str, str]:

@@ -40,7 +40,8 @@ def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tupl
     """Writes report.html, report.md, report.csv and the pictures; see `agcseg-report --help`.
 
     Args:
-        found: the answer of `read_folder`; broken pictures are added to its broken files.
+        found: the answer of `read_folder`; broken pictures are added to its broken files, and to its notes why some of
+            the runs are not compared.
         margin: see `agcseg.report.verdicts`.
 
     Returns:
@@ -51,6 +52,7 @@ def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tupl
     """
     folder, (runs, broken, notes) = Path(folder), found or read_folder(folder)
     kept, apart = cells(runs)
+    notes += apart
     of_paper = is_figure1(runs, kept)
     answers = verdicts(kept, margin, of_paper)
     paths = [_save(figure1(kept) if of_paper else figure(runs), folder / ("figure1.png" if of_paper else "figure.png"))]
@@ -66,7 +68,7 @@ def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tupl
     if strips:
         paths.append(_replace(folder / "predictions.png", Image.fromarray(np.vstack(strips)).save))
     diverged = [f"{run.name} diverged: {run.reason}" for run in runs if run.reason]
-    blocks = _content(runs, kept, answers, {path.name: path for path in paths}, [*diverged, *broken, *notes, *apart])
+    blocks = _content(runs, kept, answers, {path.name: path for path in paths}, [*diverged, *broken, *notes])
     title, rows = folder.resolve().name, [summarise(run) for run in runs]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([rows[0], *map(dict.values, rows)])

@@ -16,9 +16,15 @@ from torch import nn
 import agcseg.cli.train
 import agcseg.run
 from agcseg import parallel
-from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig, RateConfig
+from agcseg.config import Config, DataConfig, GemsConfig, NetworkConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.run import run
+
+RUNS = {
+    "segnet": {"network": "segnet"},
+    "classnet": {"network": "classnet"},
+    "gems": {"network": "segnet", "gems": GemsConfig("minibatch"), "accumulate": 2, "lr": RateConfig(value=0.02)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +45,8 @@ def _process(rank, folder, streets):
         with pytest.raises(UserError) as error:
             run(small(streets, folder, "segnet", "bn", **values), folder / "refused")
         errors.append(str(error.value))
-    for network in ("segnet", "classnet"):
-        run(small(streets, folder, network), folder / network)
+    for name, values in RUNS.items():
+        run(small(streets, folder, **values), folder / name)
     talks = logging.getLogger("agcseg").isEnabledFor(logging.INFO)
     torch.save({"answers": answers, "errors": errors, "talks": talks}, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -96,26 +102,31 @@ def test_what_two_processes_cannot_share_is_refused_by_both(pair):
         ]
 
 
-@pytest.mark.parametrize("network", ["segnet", "classnet"])
-def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, network):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, name):
     """Also where the validation images do not divide by the processes: each counts once."""
-    run(small(streets, tmp_path, network), tmp_path / "one")
-    tables = []
-    for folder in (tmp_path / "one", pair[1] / network):
+    run(small(streets, tmp_path, **RUNS[name]), tmp_path / "one")
+    tables, layers = [], []
+    for folder in (tmp_path / "one", pair[1] / name):
         with open(folder / "images.csv") as file:
             images = list(csv.DictReader(file))
         assert (folder / "predictions.png").stat().st_size > 500
+        with open(folder / "layers.csv") as file:  # with GEMS, factors from the points of both processes
+            figures = [
+                float(value) for row in csv.DictReader(file) for key, value in row.items() if "mean" in key and value
+            ]
+        layers.append(figures)
         tables.append((np.load(folder / "steps.npy"), images, json.loads((folder / "result.json").read_text())))
     (steps, images, result), (steps2, images2, result2) = tables
     assert steps.shape == steps2.shape and np.allclose(steps, steps2, rtol=1e-5)
-    assert len(images) == 3
+    assert len(images) == 3 and layers[0] == pytest.approx(layers[1], rel=2e-3)
     for a, b in zip(images, images2, strict=True):
         assert (a["image"], a["labelled_pixels"]) == (b["image"], b["labelled_pixels"])
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     for key in ("pixel_error", "miou"):
         assert result[key] == pytest.approx(result2[key], abs=0.01)
     assert result2["processes"] == 2
-    assert "2 processes: each minibatch of 4 is 2 x 2 images" in (pair[1] / network / "run.log").read_text()
+    assert "2 processes: each minibatch of 4 is 2 x 2 images" in (pair[1] / name / "run.log").read_text()
     assert [process["talks"] for process in pair[0]] == [True, False]
 
 

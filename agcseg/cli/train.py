@@ -1,5 +1,6 @@
 """agcseg-train: one run, or with -m a sweep."""
 
+import os
 import re
 import signal
 import sys
@@ -53,7 +54,8 @@ def _job(cfg) -> float | None:
 
 
 def _terminated(number: int, frame) -> None:
-    print("\nagcseg-train: terminated; the same command goes on from the last epoch", file=sys.stderr)
+    # Past sys.stderr, which may be in the middle of a line of its own.
+    os.write(2, b"\nagcseg-train: terminated; the same command goes on from the last epoch\n")
     raise SystemExit(143)
 
 

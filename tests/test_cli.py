@@ -29,14 +29,14 @@ def small(streets, tmp_path):
 
 
 def test_two_run_sweep_then_nothing_left_then_report(command, small, tmp_path):
-    done = command("train", "-m", *small, "norm=bn,agc", "name=pair")
+    done = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name for path in (tmp_path / "outputs/pair").glob("segnet*"))
     assert folders == [
         f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")
     ]
     assert "Traceback" not in done.stdout + done.stderr
-    again = command("train", "-m", *small, "norm=bn,agc", "name=pair")
+    again = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
     assert again.returncode == 0 and "2 runs: 2 skipped" in again.stdout
     report = command("report", "outputs/pair")
     assert report.returncode == 0 and "tensorboard --logdir outputs/pair" in report.stdout
@@ -96,6 +96,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, tmp_path, capsys, sweep):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # this process keeps its own
     how = ["-m", "hydra/launcher=basic"] if sweep else []
     monkeypatch.setattr("sys.argv", ["agcseg-train", *how, "data=streets"])
     with pytest.raises(SystemExit) as ended:

@@ -63,7 +63,7 @@ def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
         assert first.poll() is None
         time.sleep(0.1)
     first.terminate()
-    _, said = first.communicate(timeout=30)
+    _, said = first.communicate(timeout=120)
     assert first.returncode == 143 and "Traceback" not in said
     assert "agcseg-train: terminated; the same command goes on from the last epoch" in said
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import hydra
@@ -56,6 +57,10 @@ def _job(cfg) -> float | None:
 def _terminated(number: int, frame) -> None:
     # Past sys.stderr, which may be in the middle of a line of its own.
     os.write(2, b"\nagcseg-train: terminated; the same command goes on from the last epoch\n")
+    # Wherever this interrupts, TensorBoard may be left holding a lock that closing it waits for, for ever.
+    forced = threading.Timer(5, os._exit, [143])
+    forced.daemon = True
+    forced.start()
     raise SystemExit(143)
 
 

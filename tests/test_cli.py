@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -28,13 +29,13 @@ def small(streets, tmp_path):
 
 
 def test_two_run_sweep_then_nothing_left_then_report(command, small, tmp_path):
-    done = command("train", "-m", *small, "norm=bn,agc", "name=pair")
+    done = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
     assert done.returncode == 0, done.stderr
-    folders = sorted(path.name for path in (tmp_path / "outputs/pair").iterdir() if path.is_dir())
+    folders = sorted(path.name for path in (tmp_path / "outputs/pair").glob("segnet*"))
     assert folders == [f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")]
     assert "Traceback" not in done.stdout + done.stderr
-    again = command("train", "-m", *small, "norm=bn,agc", "name=pair")
-    assert again.returncode == 0 and again.stdout.count("nothing left to do") == 2
+    again = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
+    assert again.returncode == 0 and "2 runs: 2 skipped" in again.stdout
     report = command("report", "outputs/pair")
     assert report.returncode == 0 and "tensorboard --logdir outputs/pair" in report.stdout
     assert {"figure.png", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "outputs/pair").iterdir()}
@@ -45,7 +46,24 @@ def test_a_diverged_and_a_refused_run_do_not_stop_a_sweep(command, small, tmp_pa
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     states = [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("outputs/three/*/result.json"))]
     assert sorted(states) == ["diverged", "finished"]
-    assert "lr.value=-1.0: a learning rate must be positive" in done.stderr and "these runs failed" in done.stderr
+    assert "lr.value=-1.0: a learning rate must be positive" in done.stderr
+    assert "3 runs: 1 diverged, 1 failed, 1 finished" in done.stdout
+    basic = command("train", "-m", *small, "norm=none", "lr.value=-1,0.01", "name=three", "epochs=3",
+                    "hydra/launcher=basic")  # fmt: skip
+    assert basic.returncode == 1 and "Traceback" not in basic.stdout + basic.stderr
+    assert "lr.value=-1.0: a learning rate must" in basic.stderr and "nothing left to do" in basic.stdout
+
+
+def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
+    many = [sys.executable, "-m", "agcseg.cli.train", *small, "epochs=1000", "run=one"]
+    first = subprocess.Popen(many, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "outputs/streets/one/last.pt").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.terminate()
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 143 and "Traceback" not in said
+    assert "agcseg-train: stopped; the same command goes on from the last epoch" in said
 
 
 @pytest.mark.parametrize(
@@ -76,8 +94,9 @@ def test_out_of_memory_says_what_to_do(monkeypatch, tmp_path, capsys, sweep):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", run)
-    monkeypatch.setattr(train, "_failed", [])
-    monkeypatch.setattr("sys.argv", ["agcseg-train", *(["-m"] if sweep else []), "data=streets"])
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # this process keeps its own
+    how = ["-m", "hydra/launcher=basic"] if sweep else []
+    monkeypatch.setattr("sys.argv", ["agcseg-train", *how, "data=streets"])
     with pytest.raises(SystemExit) as ended:
         train.main()
     assert ended.value.code == (1 if sweep else 2)

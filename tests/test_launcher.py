@@ -102,7 +102,7 @@ def records(folder):
     return sorted(map(json.loads, (folder / "records.jsonl").read_text().splitlines()), key=lambda r: r["num"])
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=300.0):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited too long"

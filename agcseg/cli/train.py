@@ -1,5 +1,6 @@
 """agcseg-train: one run, or with -m a sweep."""
 
+import contextlib
 import os
 import re
 import signal
@@ -48,7 +49,10 @@ def _job(cfg) -> float | None:
     try:
         config = to_object(cfg)
         folder = Path("outputs") / config.name / (config.run or run_name(config, list(hydra_config.overrides.task)))
-        return run(config, folder).get("pixel_error")
+        # Other launchers have signals of their own: Slurm's queues the run again.
+        ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
+        with _stopped_at_once() if ours else contextlib.nullcontext():
+            return run(config, folder).get("pixel_error")
     except torch.OutOfMemoryError as full:
         first = str(full).splitlines()[0]
         error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
@@ -61,21 +65,35 @@ def _job(cfg) -> float | None:
     raise CompactHydraException(str(error))
 
 
-def _terminated(number: int, frame) -> None:
-    print("\nagcseg-train: terminated; the same command goes on from the last epoch", file=sys.stderr)
-    raise SystemExit(143)
+@contextlib.contextmanager
+def _stopped_at_once():
+    """Let SIGTERM and Ctrl-C end the process without another step, as safely as kill -9: all files are written whole.
+
+    An exception raised wherever the signal arrives may find a lock held, TensorBoard's or the log's, that the way out
+    waits for, for ever.
+    """
+
+    def stop(number: int, frame) -> None:
+        os.write(2, b"\nagcseg-train: stopped; the same command goes on from the last epoch\n")
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
     check_keys("agcseg-train", sys.argv[1:], Config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
         fail("agcseg-train", UserError("torchrun shares out one run over devices; start a sweep, -m, without it"))
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         _job()
         parallel.leave()
     except KeyboardInterrupt:
-        print("\nagcseg-train: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        print("\nagcseg-train: stopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -93,7 +93,7 @@ def _watch(pipe: int, grace_s: float) -> None:
 
 
 def _terminated(number: int, frame) -> None:
-    print("terminated", file=sys.stderr, flush=True)
+    os.write(2, b"terminated\n")
     raise SystemExit(143)
 
 

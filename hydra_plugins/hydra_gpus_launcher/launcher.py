@@ -1,4 +1,4 @@
-"""A Hydra launcher for the GPUs of one machine: one process per job, one free GPU each, a queue, a live table.
+"""A Hydra launcher for the GPUs of one Linux machine: one process per job, one free GPU each, a queue, a live table.
 
     python app.py -m hydra/launcher=gpus lr=0.1,0.01 seed=1,2,3
     python app.py -m hydra/launcher=gpus hydra.launcher.devices=[0,2] hydra.launcher.jobs_per_device=2 ...

@@ -408,3 +408,11 @@ def test_margin_of_the_program(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("agcseg-report: error: margin 0: must be positive") and err.count("\n") == 1
     assert (folder / "report.md").read_bytes() == before
+
+
+def test_names_are_cut_where_all_end_alike():
+    from agcseg.cli.report import _common_ending
+
+    ending = "-data.size=64x128-network.width=0.25"
+    assert _common_ending([f"segnet-bn-mb1-lr0.02-seed1{ending}", f"segnet-bn-mb4-lr0.08-seed11{ending}"]) == ending
+    assert _common_ending([f"a{ending}"]) == _common_ending(["a-seed1", "b-seed1"]) == _common_ending([]) == ""

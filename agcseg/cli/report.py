@@ -1,6 +1,7 @@
 """The program agcseg-report."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections import Counter
@@ -60,9 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 
     states = Counter(run.state for run in runs)
     print(f"{folder}: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    ending = _common_ending([run.name for run in runs])
     columns = list(zip(*table_text([summarise(run) for run in runs]), strict=True))
+    columns[0] = (columns[0][0], *(name.removesuffix(ending) for name in columns[0][1:]))
     once = [column for column in columns if column[0] in SAID_ONCE and len({*column[1:]} - {""}) < 2]
-    print(", ".join(f"{column[0]} {max(column[1:])}" for column in once if max(column[1:])) + "\n")
+    print(", ".join(f"{column[0]} {max(column[1:])}" for column in once if max(column[1:])))
+    print(f"all names end in {ending}\n" if ending else "")
     widths = [max(map(len, column)) for column in columns]
     for line in zip(*columns, strict=True):
         cells = [
@@ -83,6 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {path}")
     print(f"tensorboard --logdir {shlex.quote(folder)}")
     return 1 if broken else 0
+
+
+def _common_ending(names: list[str]) -> str:
+    """What all names end in, from a hyphen on: overrides that all runs share make names too long for a terminal."""
+    shared = os.path.commonprefix([name[::-1] for name in names])[::-1] if len(names) > 1 else ""
+    return shared[shared.find("-") :] if "-" in shared and len(shared) > 20 else ""
 
 
 if __name__ == "__main__":

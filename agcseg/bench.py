@@ -27,16 +27,20 @@ from agcseg.losses import image_losses
 from agcseg.machine import peak_memory, reset_peak_memory
 from agcseg.networks import build
 from agcseg.nn.background import BACKGROUNDS
+from agcseg.nn.inference import inference_form
 
 NORMS = ("bn", "agc", "agc-literal", "none", "instance", "group", "layer", "center", "agc_std", "mean_only", "frn",
-         "ws", "agc-window", "agc-median", "agc-trimmed")  # fmt: skip
+         "ws", "agc-window", "agc-median", "agc-trimmed", "bn-folded", "agc-onepass")  # fmt: skip
+FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
+BASES = ("bn", "none", "bn-folded")  # what ratios are to
 MODES = {"": None, "-compiled": "default", "-graphs": "reduce-overhead"}  # suffix -> torch.compile's mode
 VARIANTS = tuple(norm + suffix for norm in NORMS for suffix in MODES)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training step to measure. `variant` is one of VARIANTS, `size` is (height, width)."""
+    """One training step to measure, or with `inference` one forward pass. `variant` is one of VARIANTS, `size` is
+    (height, width)."""
 
     network: str
     variant: str
@@ -47,6 +51,7 @@ class Case:
     device: str = "cpu"
     channels_last: bool = False
     num_classes: int = 19
+    inference: bool = False
 
     @property
     def norm(self) -> str:
@@ -58,7 +63,8 @@ class Case:
 
 
 class Step:
-    """A network with its optimiser and one fixed minibatch of noise; calling it is one training step."""
+    """A network with its optimiser and one fixed minibatch of noise; calling it is one training step, or with
+    `case.inference` one forward pass in eval mode."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
@@ -68,7 +74,9 @@ class Step:
         if form == "literal":
             options["implementation"] = form
         self.network = build(case.network, norm=norm, num_classes=case.num_classes, width=case.width, **options)
-        self.network.to(self.device)
+        self.network.to(self.device).train(not case.inference)
+        if case.norm in FOLDED:
+            self.network = inference_form(self.network)
         images = torch.randn(case.minibatch, 3, *case.size, device=self.device)
         labels = torch.randint(0, case.num_classes, (case.minibatch, *case.size), device=self.device)
         self.labels = labels.to(torch.uint8)
@@ -81,12 +89,19 @@ class Step:
         self.model = torch.compile(self.network, mode=mode) if mode else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-4, 0.9, fused=True)
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16")
+
     def loss(self) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
+        with self.autocast():
             outputs = self.model(self.images)
         return sum(part.mean() for part in image_losses(outputs, self.labels, contours=self.contours))
 
     def __call__(self) -> None:
+        if self.case.inference:
+            with torch.no_grad(), self.autocast():
+                self.model(self.images)
+            return
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
@@ -256,8 +271,8 @@ def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 6
 def table(cases: list[Case], rounds: int, memory: bool = True, say=lambda line: None) -> list[dict]:
     """Measure all cases; one row each.
 
-    Ratios are those of the same round, to BN and to no normalisation of the same mode (plain, compiled or graphs) where
-    that was measured too; `..._low` and `..._high` are their extremes over the rounds.
+    Ratios are those of the same round, to BN, to folded BN and to no normalisation of the same mode (plain, compiled or
+    graphs) where that was measured too; `..._low` and `..._high` are their extremes over the rounds.
     """
     rows = []
     groups: dict[tuple, list[Case]] = {}
@@ -283,7 +298,7 @@ def table(cases: list[Case], rounds: int, memory: bool = True, say=lambda line: 
                 "images_per_second": minibatch / median(seconds[i]),
                 **figures[i],
             }
-            for base in ("bn", "none"):
+            for base in BASES:
                 names = [other.variant for other in group]
                 if base + case.suffix in names:
                     j = names.index(base + case.suffix)

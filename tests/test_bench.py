@@ -74,6 +74,21 @@ def test_program(tmp_path, capsys):
     assert "time/bn" in capsys.readouterr().out
 
 
+def test_inference(tmp_path, capsys):
+    """Forward passes that leave no gradients, in eval mode, next to those of folded batch normalisation."""
+    step = Step(case("agc-onepass", inference=True))
+    step()
+    assert not step.network.training and all(p.grad is None for p in step.network.parameters())
+    assert not any(isinstance(module, agcseg.AGC2d) for module in step.network.modules())
+    arguments = ["--inference", "--width", "0.05", "--size", "32x64", "--rounds", "2", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "bench.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["agc-onepass", "agc", "agc-literal", "bn-folded", "bn", "none"]
+    assert float(rows[3]["time_to_bn-folded"]) == 1 and "kept_mib" not in rows[0]
+    assert "time/bn-folded" in capsys.readouterr().out
+
+
 def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
     """Weights 1 MiB; gradients and momentum 2 MiB and 5 MiB per image above that: 33 MiB hold six images."""
     peaks = {1: 7.0, 3: 17.0}
@@ -90,6 +105,8 @@ def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
     [
         (["--variants", "bm"], "bm is not known; choose from bn,"),
         (["--size", "100x100"], "must be multiples of 32"),
+        (["--variants", "bn,bn-folded"], "--variants bn-folded: cannot be trained; measure them with --inference"),
+        (["--inference", "--data"], "leave --budget and --data out"),
         (["--budget", "12"], "give a number with GiB"),
         (["--device", "cuda:9"], "device=cuda:9: cannot be used here"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from agcseg.bench import VARIANTS, Case, delivery, largest_minibatch, table
+from agcseg.bench import FOLDED, VARIANTS, Case, delivery, largest_minibatch, table
 from agcseg.errors import UserError
 from agcseg.machine import device_name, find_device
 from agcseg.networks import NETWORKS
@@ -23,13 +23,15 @@ examples:
   agcseg-bench --width 0.25 --size 64x128               a quick look, a minute on a CPU
   agcseg-bench --variants bn,agc,none                   the full SegNet at 256x512
   agcseg-bench --budget 12GiB --variants bn,agc         the largest minibatch that fits, the paper's comparison
+  agcseg-bench --inference                              forward alone, with the norms folded into the convolutions
   agcseg-bench --data                                   images/s that the cache delivers, and its share of a step
   agcseg-bench --device cuda --precision bf16 --channels-last --minibatch 1,8 --variants bn-compiled,agc-compiled
 
 variants: """
     + ", ".join(v for v in VARIANTS if "-" not in v)
     + """,
-agc-literal, agc-window, agc-median, agc-trimmed; each also with -compiled (torch.compile) or -graphs (the same with
+agc-literal, agc-window, agc-median, agc-trimmed, and of inference bn-folded and agc-onepass, the norm being part of
+the convolution; each also with -compiled (torch.compile) or -graphs (the same with
 CUDA graphs)
 
 columns: step = forward, backward and update, median over the rounds; time/bn, time/none = ratio to the same step with
@@ -39,10 +41,12 @@ above the idle network and its data, gradients and momentum included
 written into the folder of --out: bench.csv, bench.md, bench.png
 """
 )
+INFERENCE = ["agc-onepass", "agc", "agc-literal", "bn-folded", "bn", "none"]
 COLUMNS = (  # key, heading, format
     ("network", "network", ""), ("variant", "variant", ""), ("minibatch", "minibatch", ""),
     ("precision", "precision", ""),
     ("step_ms", "step ms", ".0f"), ("time_to_bn", "time/bn", ".3f"), ("time_to_none", "time/none", ".3f"),
+    ("time_to_bn-folded", "time/bn-folded", ".3f"),
     ("images_per_second", "images/s", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("kept_to_bn", "kept/bn", ".3f"),
     ("peak_mib", "peak MiB", ".0f"), ("peak_to_bn", "peak/bn", ".3f"), ("parameters", "parameters", ","),
     ("gflop", "GFLOP", ".1f"), ("tflop_per_second", "TFLOP/s", ".2f"),
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--network", type=_names(NETWORKS), default=["segnet"], help=f"of {', '.join(NETWORKS)} (default: segnet)")
-    add("--variants", type=_names(VARIANTS), default=["bn", "agc", "none"], help="see below (default: bn,agc,none)")
+    add("--variants", type=_names(VARIANTS), help="see below (default: bn,agc,none)")
     add("--minibatch", type=_numbers, default=[1], help="such as 1,4,8 (default: 1)")
     add("--precision", type=_names(("fp32", "bf16")), default=["fp32"], help="fp32, bf16 or both (default: fp32)")
     add("--size", type=_size, default=(256, 512), help="height x width (default: 256x512)")
@@ -68,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--channels-last", action="store_true", help="images and weights in channels-last order")
     add("--rounds", type=int, default=7, help="how often the variants take turns (default: 7)")
+    add("--inference", action="store_true", help="forward only, in eval mode; times only, and other default variants")
     add("--no-memory", action="store_true", help="times only")
     add("--budget", type=_bytes, help="find the largest minibatch within so much memory, such as 12GiB, instead")
     add("--data", action="store_true", help="also measure what the cache delivers")
@@ -87,6 +92,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     multiple = max(NETWORKS[name].multiple for name in arguments.network)
     if any(side % multiple for side in arguments.size):
         raise UserError(f"--size {arguments.size[0]}x{arguments.size[1]}: must be multiples of {multiple}")
+    variants = arguments.variants or (INFERENCE if arguments.inference else ["bn", "agc", "none"])
+    folded = [variant for variant in variants if variant.startswith(FOLDED)]
+    if folded and not arguments.inference:
+        raise UserError(f"--variants {','.join(folded)}: cannot be trained; measure them with --inference")
+    if arguments.inference and (arguments.budget or arguments.data):
+        raise UserError("--inference measures forward passes: leave --budget and --data out")
     cases = [
         Case(
             network,
@@ -97,21 +108,24 @@ def _bench(arguments: argparse.Namespace) -> int:
             arguments.width,
             str(device),
             arguments.channels_last,
+            inference=arguments.inference,
         )
         for network in arguments.network
         for minibatch in arguments.minibatch
         for precision in arguments.precision
-        for variant in arguments.variants
+        for variant in variants
     ]
     where = (
         f"{device_name(device)} ({platform.machine()}), torch {torch.__version__}, {date.today()}; "
         f"{arguments.size[0]}x{arguments.size[1]}, width {arguments.width:g}"
         + (", channels last" if arguments.channels_last else "")
+        + (", inference" if arguments.inference else "")
     )
     print(where, flush=True)
     if arguments.budget:
         return _budget(cases, arguments, where)
-    rows = table(cases, arguments.rounds, not arguments.no_memory, _say)
+    memory = not (arguments.no_memory or arguments.inference)
+    rows = table(cases, arguments.rounds, memory, _say)
     print(_text(rows))
     notes = []
     if arguments.data:

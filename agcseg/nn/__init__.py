@@ -5,6 +5,7 @@ from agcseg.nn.conv import IMPLEMENTATIONS, ConvUnit
 from agcseg.nn.convert import Conversion, convert_batchnorm
 from agcseg.nn.fast import AGCReLU2d, agc_relu, agc_unit
 from agcseg.nn.gems import GEMS
+from agcseg.nn.inference import inference_form
 from agcseg.nn.init import INITS, initialise
 from agcseg.nn.noise import add_noise
 from agcseg.nn.norms import NORMS
@@ -25,6 +26,7 @@ __all__ = [
     "agc_relu",
     "agc_unit",
     "convert_batchnorm",
+    "inference_form",
     "initialise",
     "layer_signals",
     "max_pool2d",

@@ -1,0 +1,73 @@
+"""The program agcseg-export."""
+
+import sys
+from pathlib import Path
+
+import agcseg
+from agcseg.cli import fail, parse_run
+from agcseg.errors import UserError
+from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
+from agcseg.record import write
+
+KEYS = {"format": "onnx", "output": str}
+
+EPILOG = """\
+examples:
+  agcseg-export outputs/demo/segnet-agc-mb4-lr0.08-seed1
+  agcseg-export RUN output=street.onnx
+  agcseg-export RUN format=torch
+
+keys:
+  format=onnx     for ONNX Runtime and others; needs the extra onnx: pip install '.[onnx]'. torch: a program for
+                  torch.export.load, which needs torch alone
+  output=FILE     network.onnx or network.pt2 in the run's folder, if not given; an older file is replaced
+
+the exported network:
+  images          in: (N, 3, H, W) uint8, RGB; it normalises them itself. N is free, H and W in multiples of 32 (SegNet)
+                  or 128 (ClassNet). Give it the size it was trained at: to AGC, a tile is another picture
+  class_logits    out: (N, classes, H, W) float32; the largest is the class
+  contour_logits  out: (N, 1, H, W) float32, ClassNet only; above 0 is contour
+  metadata        classes, colors, training_size, ...: ONNX properties, each as JSON, or the extra file metadata.json
+
+AGC and batch normalisation are folded into the convolutions, other norms stay as they are. Arithmetic is float32,
+whatever the precision in training. Before it is written, the file is run on random images of several sizes and compared
+with the trained network.
+
+exit code: 0 all is well, 1 the exported network says something else than the trained one (nothing is written), 2 the
+command or the run is wrong
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs agcseg-export; returns the exit code."""
+    try:
+        run, keys = parse_run("agcseg-export", KEYS, "A trained network as a file for inference.", EPILOG, argv)
+        format = keys["format"]
+        check_format(format)
+        trained = agcseg.load(run)
+        output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
+        if output.suffix != FORMATS[format]:
+            raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
+        content = export(trained, format)
+        found = differences(trained, content, format)
+        for shape, largest, beyond in found:
+            images = "x".join(map(str, shape))
+            print(f"{images}: differs by at most {largest:.1e} of the largest logit{_share(beyond)}")
+        if any(beyond > UNDECIDED for _, _, beyond in found):
+            complaint = f"{output}: not written, for it does not say what {trained.path} says"
+            print(f"agcseg-export: error: {complaint}", file=sys.stderr)
+            return 1
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(output, content)
+    except (UserError, OSError) as error:
+        fail("agcseg-export", error)
+    print(f"wrote {output} ({len(content) / 2**20:.1f} MiB)")
+    return 0
+
+
+def _share(beyond: float) -> str:
+    return f"; by more than {TOLERANCE:g} in {beyond:.2%} of the pixels" if beyond else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -74,7 +74,9 @@ def export(trained: Trained, format: str) -> bytes:
             return buffer.getvalue()
         names = list(OUTPUTS[: 1 + trained.network.contour])
         try:
-            exported = torch.onnx.export(program, input_names=["images"], output_names=names, verbose=False)
+            exported = torch.onnx.export(
+                program, input_names=["images"], output_names=names, dynamo=True, verbose=False
+            )
         except torch.onnx.OnnxExporterError as error:
             norm, lines = trained.config.norm.name, str(error.__cause__ or error).splitlines()
             raise UserError(f"norm={norm} cannot be written as ONNX ({lines[0]}); try format=torch") from None

@@ -129,7 +129,7 @@ def test_data_program_lists_every_fault(command, tmp_path):
     assert missing.returncode == 1 and "leftImg8bit_trainvaltest.zip" in missing.stdout
 
 
-@pytest.mark.parametrize("program", ["train", "data", "report"])
+@pytest.mark.parametrize("program", ["train", "data", "report", "export"])
 def test_help_starts_with_what_it_does(command, program):
     done = command(program, "--help")
     assert done.returncode == 0 and f"agcseg-{program}" in done.stdout.splitlines()[0]

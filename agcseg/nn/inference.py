@@ -6,7 +6,8 @@ The mean of a convolution's output is linear in its input. With stride 1, zero p
 
 the sum of the map less the border rows and columns that the tap never reaches. So AGC (Deep Control, equation 1) is a
 convolution with γW and a bias β - λ·mean that is known before it runs: one pass over its output instead of the two that
-a mean of this output takes. Batch normalisation's scale and shift are constants, and vanish altogether.
+a mean of this output takes. Where maps are small, the many small operations of the sums cost more than the pass they
+save; the values are the same. Batch normalisation's scale and shift are constants, and vanish altogether.
 """
 
 import copy

@@ -15,6 +15,7 @@ from torch.export import Dim
 import agcseg
 from agcseg.data.minibatches import normalise
 from agcseg.errors import UserError
+from agcseg.nn.background import BackgroundAGC2d
 from agcseg.nn.inference import inference_form
 from agcseg.trained import Trained
 
@@ -53,9 +54,16 @@ def export(trained: Trained, format: str) -> bytes:
         the content of the file.
 
     Raises:
-        UserError: `format` is neither, what ONNX needs is not installed, or ONNX lacks an operation of the network's.
+        UserError: `format` is neither, what ONNX needs is not installed, ONNX lacks an operation of the network's, or
+            AGC's background is a window whose size follows that of the image.
     """
     check_format(format)
+    for norm in trained.network.modules():
+        if isinstance(norm, BackgroundAGC2d) and norm.background == "window" and norm.window < 1:
+            raise UserError(
+                f"norm.options.window={norm.window:g}: a window that is a share of the map cannot be exported; "
+                "one of a fixed number of positions can"
+            )
     multiple, labels = trained.network.multiple, metadata(trained)
     # The exporter takes a dimension of 1 in the example, or two that are equal, for a law.
     free, size = {0: Dim("batch")}, [2 * multiple, 3 * multiple]
@@ -78,8 +86,9 @@ def export(trained: Trained, format: str) -> bytes:
                 program, input_names=["images"], output_names=names, dynamo=True, verbose=False
             )
         except torch.onnx.OnnxExporterError as error:
-            norm, lines = trained.config.norm.name, str(error.__cause__ or error).splitlines()
-            raise UserError(f"norm={norm} cannot be written as ONNX ({lines[0]}); try format=torch") from None
+            norm, lines = trained.config.norm, str(error.__cause__ or error).splitlines()
+            what = " ".join([f"norm={norm.name}", *(f"norm.options.{key}={norm.options[key]}" for key in norm.options)])
+            raise UserError(f"{what} cannot be written as ONNX ({lines[0]}); try format=torch") from None
     model = exported.model_proto
     del model.graph.value_info[:]  # names the dimensions by the exporter's symbols
     for value in (*model.graph.input, *model.graph.output):

@@ -170,6 +170,11 @@ def test_mistakes(arguments, message, monkeypatch, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_window_that_follows_the_image_is_refused():
+    with pytest.raises(UserError, match="norm.options.window=0.5: a window that is a share of the map cannot be"):
+        export(trained(background="window"), "torch")
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_extra_is_named(missing, monkeypatch):
     for name in ("onnx", "onnxscript", "onnxruntime"):  # None: an import fails as if it were not there

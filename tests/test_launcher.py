@@ -374,7 +374,7 @@ def test_table_on_a_terminal(app):
 
     master, slave = pty.openpty()
     launcher = subprocess.Popen(
-        command("x=1,2", "seconds=0.7", "what=ok,raise", "hydra.launcher.jobs_per_device=2"), cwd=app,
+        command("x=1,2", "seconds=2.5", "what=ok,raise", "hydra.launcher.jobs_per_device=2"), cwd=app,
         env=environment(TERM="xterm", CUDA_VISIBLE_DEVICES=""), stdout=slave, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(slave)

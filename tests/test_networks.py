@@ -75,7 +75,7 @@ def test_deterministic_algorithms():
     assert torch.equal(plain, deterministic)
 
 
-@pytest.mark.parametrize(("init", "gain"), [("he", math.sqrt(2)), ("he_centered", 1.7139)])
+@pytest.mark.parametrize(("init", "gain"), [("he", math.sqrt(2)), ("he_centered", math.sqrt(2 / (1 - 1 / math.pi)))])
 def test_he(init, gain):
     torch.manual_seed(0)
     weight = agcseg.build("segnet", init=init).encoder[3][1].conv.weight

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agcseg.errors import UserError
 from agcseg.figure1 import PANELS, Panel
-from agcseg.nn import AGC2d
+from agcseg.nn import AGC2d, ConvUnit
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+ALIVE = ("lambda_mean", "lambda_std", "lambda_negative", "lambda_above_1")
 LEVELS = ["lambda_min", *(f"lambda_q{round(100 * q):02d}" for q in QUANTILES[1:-1]), "lambda_max"]
 
 
@@ -52,14 +54,17 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """The last row names the columns; earlier ones, of an older version, may lack some."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())
 
 
-def write_tables(folder: Path, rows: list[dict], layers: list[dict], losses: Tensor) -> None:
+def write_tables(
+    folder: Path, rows: list[dict], layers: list[dict], losses: Tensor, lambdas: dict[int, dict[str, Tensor]]
+) -> None:
     """What happened so far, for programs that read no checkpoint; whole each time, from what the checkpoint holds.
 
     Args:
@@ -67,13 +72,20 @@ def write_tables(folder: Path, rows: list[dict], layers: list[dict], losses: Ten
         layers: of layers.csv, see `layer_rows`; epoch 0 is the untrained network.
         losses: for steps.npy, (epochs, steps, parts) float32: the loss of every training step, of the classes and,
             where the network finds contours, of the contour.
+        lambdas: for lambdas.npz, of norms with λ: number of steps trained -> layer -> (C,). The file has an array
+            "step", (T,) int64, and for each layer one of its name, (T, C) float32.
     """
     write_csv(folder / "metrics.csv", rows)
     if layers:
         write_csv(folder / "layers.csv", layers)
-    steps = io.BytesIO()
-    np.save(steps, losses.numpy())
-    write(folder / "steps.npy", steps.getvalue())
+    file = io.BytesIO()
+    np.save(file, losses.numpy())
+    write(folder / "steps.npy", file.getvalue())
+    if any(lambdas.values()):
+        file = io.BytesIO()
+        vectors = {layer: np.stack([at[layer] for at in lambdas.values()]) for layer in next(iter(lambdas.values()))}
+        np.savez(file, step=np.array(list(lambdas)), **vectors)
+        write(folder / "lambdas.npz", file.getvalue())
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -98,41 +110,65 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def layer_rows(network: nn.Module, epoch: int, gems: dict[str, Tensor] | None = None) -> list[dict]:
-    """Where γ and λ of every normalised layer stand, from the image's side to the classes'.
+def lambdas_of(network: nn.Module) -> dict[str, Tensor]:
+    """λ of every layer that has one, (C,) float32 each, from the image's side to the classes'."""
+    norms = {_layer(name): module for name, module in network.named_modules() if isinstance(module, AGC2d)}
+    return {layer: norms[layer].mean_scale.detach().float().cpu().clone() for layer in _in_order(norms, network)}
+
+
+def layer_rows(
+    network: nn.Module, epoch: int, signals: dict[str, dict], gems: dict[str, Tensor] | None = None
+) -> list[dict]:
+    """What the layers do, and where their γ and λ stand, from the image's side to the classes'.
 
     Args:
+        signals: of `agcseg.nn.layer_signals`.
         gems: with GEMS, the factors of its last step, layer by layer, for a column of their means.
 
     Returns:
         for each layer its name and role (encoder, lateral, decoder, head), its number of filters, the mean of γ, and of
-        λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3). None
-        for what a norm does not have.
+        λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3); then
+        the size of its filters and maps, common-mode ratio, share of active points and number of dead filters; of the
+        filters that are not dead the mean and deviation of λ and the shares below 0 and above 1. None for what a norm
+        does not have.
     """
+    units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
+    norms = {_layer(name): module for name, module in network.named_modules() if name.endswith("norm")}
     rows = []
-    for name, module in network.named_modules():
-        if not name.endswith("norm") or not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-        layer = name.removesuffix(".norm").removesuffix("_norm")
-        gamma = module.weight.detach().float().cpu()
-        scale = module.mean_scale.detach().float().cpu() if isinstance(module, AGC2d) else None
+    for layer in _in_order({**units, **norms}, network):
+        norm, unit, signal = norms.get(layer), units.get(layer), signals.get(layer, {})
+        gamma = norm.weight.detach().float().cpu() if isinstance(getattr(norm, "weight", None), Tensor) else None
+        if unit is None and gamma is None:
+            continue  # no norm behind the classifier
+        scale = norm.mean_scale.detach().float().cpu() if isinstance(norm, AGC2d) else None
         levels = [None] * len(QUANTILES) if scale is None else scale.quantile(torch.tensor(QUANTILES)).tolist()
-        inside = None if scale is None else ((scale >= 0) & (scale <= 2)).float().mean().item()
         rows.append(
             {
                 "epoch": epoch,
                 "layer": layer,
                 "role": layer.partition(".")[0],
-                "num_features": len(gamma),
-                "gamma_mean": gamma.mean().item(),
+                "num_features": len(gamma) if unit is None else unit.conv.out_channels,
+                "gamma_mean": None if gamma is None else gamma.mean().item(),
                 "lambda_mean": None if scale is None else scale.mean().item(),
                 **dict(zip(LEVELS, levels, strict=True)),
-                "lambda_inside": inside,
+                "lambda_inside": None if scale is None else ((scale >= 0) & (scale <= 2)).float().mean().item(),
+                "kernel_size": unit and unit.conv.kernel_size[0],
+                **{key: signal.get(key) for key in ("height", "width", "common_mode", "active")},
+                "dead": sum(signal["dead"]) if signal else None,
+                **{f"alive_{key}": signal.get(key) for key in ALIVE},
             }
         )
         if gems is not None:
             rows[-1]["gems_mean"] = gems[layer].mean().item() if layer in gems else None
-    return sorted(rows, key=lambda row: [row["layer"].startswith(part) for part in network.order].index(True))
+    return rows
+
+
+def _layer(norm: str) -> str:
+    return norm.removesuffix(".norm").removesuffix("_norm")
+
+
+def _in_order(layers: Iterable[str], network: nn.Module) -> list[str]:
+    return sorted(layers, key=lambda layer: [layer.startswith(part) for part in network.order].index(True))
 
 
 class TensorBoard:
@@ -157,7 +193,7 @@ class TensorBoard:
         for key in ("train_loss", "val_loss", "pixel_error", "pixel_error_all", "miou"):
             scalars[f"curves/{key}"] = scalars.pop(f"run/{key}")
         scalars |= {_tag(panel): row[panel.metric] for panel in self.panels}
-        about = ("epoch", "layer", "role", "num_features")
+        about = ("epoch", "layer", "role", "num_features", "kernel_size", "height", "width")
         for layer in layers:
             scalars |= {f"{key}/{layer['layer']}": layer[key] for key in layer.keys() - about if layer[key] is not None}
         for tag, value in scalars.items():

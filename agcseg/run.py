@@ -24,9 +24,10 @@ from agcseg.folder import check_same_run, finished, free_folder, lock, result_li
 from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
-from agcseg.nn import GEMS, add_noise
+from agcseg.nn import GEMS, add_noise, layer_signals
 from agcseg.record import (
     TensorBoard,
+    lambdas_of,
     layer_rows,
     load_checkpoint,
     picture,
@@ -42,13 +43,16 @@ from agcseg.trained import start_from
 
 log = logging.getLogger("agcseg")
 
+SIGNAL_IMAGES = 4  # validation images by which the layers are described after each epoch
+
 
 def run(config: Config, folder: Path) -> dict:
     """Train one network; continue or skip if `folder` holds the run already.
 
-    The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), layers.csv (γ and λ of
-    every layer), steps.npy (the loss of every step), images.csv (the last validation, image by image), TensorBoard
-    events, predictions.png, last.pt (after every epoch; all that a continuation needs) and, at the end, result.json.
+    The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), layers.csv (signals,
+    γ and λ of every layer, epoch by epoch), lambdas.npz (every λ), steps.npy (the loss of every step), images.csv (the
+    last validation, image by image), TensorBoard events, predictions.png, last.pt (after every epoch; all that a
+    continuation needs) and, at the end, result.json.
 
     Started by torchrun, the processes train one network together: `config.minibatch` images per step are shared out
     among them, and so are the validation images, none of them twice. Process 0 writes the folder.
@@ -151,7 +155,10 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     optimizer = torch.optim.SGD(groups, learning_rate, momentum(config), fused=True)
 
     steps, parts = len(train) // config.minibatch, 1 + network.contour  # parts of the loss: classes, contour
-    epoch, samples, seconds, rows, layers = 0, 0, 0.0, [], layer_rows(network, 0, gems and {})
+    watched = next(iter(minibatches(val, SIGNAL_IMAGES, device)))[0] if first else None
+    epoch, samples, seconds, rows, peak = 0, 0, 0.0, [], 0.0
+    layers = layer_rows(network, 0, layer_signals(network, watched), gems and {}) if first else []
+    lambdas = {0: lambdas_of(network)}  # by the number of steps
     history = torch.empty(0, steps, parts)  # of `losses`, epoch by epoch
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt")
@@ -162,11 +169,11 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         if noise:
             noise.set_state(saved["noise"][share[0] % len(saved["noise"])])
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
-        layers = saved.get("layers", [])  # a run may be older than these
+        layers, lambdas = saved.get("layers", []), saved.get("lambdas", {})  # a run may be older than these
         history = saved.get("losses", torch.full((epoch, steps, parts), torch.nan))
         seconds = rows[-1]["seconds"]
         if first:
-            write_tables(folder, rows, layers, history)
+            write_tables(folder, rows, layers, history, lambdas)
             (folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
     if first:
         write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
@@ -220,6 +227,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                 gradients = [p.grad for p in network.parameters() if p.grad is not None]
                 gradient_norm += torch.nn.utils.get_total_norm(gradients)
                 optimizer.step()
+                if epoch == 1 and (step + 1).bit_count() == 1:  # λ moves most at first
+                    lambdas[step + 1] = lambdas_of(network)
                 # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
                 if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
                     finite = losses[checked : step + 1].isfinite().all(1)
@@ -238,7 +247,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             parallel.share_buffers(network)
             figures, by_image, shown, shown_contours = evaluate(model, val, weights, num_classes, config, device)
             seconds += time.perf_counter() - start
-            iou = figures.pop("iou")
+            iou, peak = figures.pop("iou"), max(peak, peak_memory(device))
             rows.append(
                 {
                     "epoch": epoch,
@@ -249,15 +258,17 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "gradient_norm": gradient_norm.item() / steps,
                     "images_per_second": steps * config.minibatch / train_seconds,
                     "seconds": seconds,
-                    "peak_memory_mib": peak_memory(device),
+                    "peak_memory_mib": peak,
                     **{f"iou/{name}": value for name, value in zip(classes.names, iou, strict=True)},
                 }
             )
-            layers += layer_rows(network, epoch, gems and gems.factors)
+            lambdas[epoch * steps] = lambdas_of(network)
             history = torch.cat([history, losses.float().cpu().unsqueeze(0)])
             noises = parallel.gather([noise.get_state()]) if noise else None  # one per process
             if not first:
                 continue
+            layers += layer_rows(network, epoch, layer_signals(network, watched), gems and gems.factors)
+            reset_peak_memory(device)  # looking at the layers is not training
             painted = None
             if shown is not None and (epoch == config.epochs or epoch.bit_count() == 1):  # 1, 2, 4, 8, ... and last
                 chosen = torch.from_numpy(val.indices[_shown(val, config.images)])
@@ -274,6 +285,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "noise": noises,
                     "rows": rows,
                     "layers": layers,
+                    "lambdas": lambdas,
                     "losses": history,
                     "config": settings,
                     "classes": list(classes.names),
@@ -281,7 +293,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "normalisation": {"mean": list(MEAN), "std": list(STD)},
                 },
             )
-            write_tables(folder, rows, layers, history)
+            write_tables(folder, rows, layers, history, lambdas)
             write_csv(folder / "images.csv", by_image)
             board.log(rows[-1], [row for row in layers if row["epoch"] == epoch], painted)
             tell("running", epoch, config.epochs, rows[-1])

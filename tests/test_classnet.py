@@ -175,10 +175,10 @@ def test_a_run(tiny, tmp_path):
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["network"]
     network = agcseg.build("classnet", width=0.05)
     network.load_state_dict(saved)
-    layers = [row["layer"] for row in layer_rows(network, 2)]
+    layers = [row["layer"] for row in layer_rows(network, 2, {})]
     assert len(layers) == 54 and (layers[0], layers[-1]) == ("encoder.0.units.0", "decoder.0.final")
     assert layers.index("encoder.7.final") < layers.index("lateral.0") < layers.index("decoder.6.final")
-    assert {row["role"] for row in layer_rows(network, 2)} == {"encoder", "lateral", "decoder"}
+    assert {row["role"] for row in layer_rows(network, 2, {})} == {"encoder", "lateral", "decoder"}
 
     run(config(epochs=1), tmp_path / "continued")
     run(config(epochs=2), tmp_path / "continued")

@@ -60,6 +60,15 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     for row in layers[25:]:
         ordered = [float(row[key]) for key in ("lambda_min", "lambda_q05", "lambda_q50", "lambda_q95", "lambda_max")]
         assert ordered == sorted(ordered) and 0 <= float(row["lambda_inside"]) <= 1
+    for row in layers:
+        assert 0 < float(row["common_mode"]) < 1 and 0 <= float(row["active"]) < 1
+        assert 0 <= int(row["dead"]) <= int(row["num_features"]) and row["kernel_size"] == "3"
+    assert (layers[0]["height"], layers[0]["width"]) == ("32", "64") != (layers[5]["height"], layers[5]["width"])
+    lambdas = np.load(folder / "lambdas.npz")
+    assert lambdas["step"].tolist() == [0, 1, 2, 4, 8, 12]  # 4 steps per epoch
+    assert lambdas.files[1:] == [row["layer"] for row in layers[:25]]
+    assert (lambdas["encoder.0.0"][0] == 1).all() and (np.ptp(lambdas["encoder.0.0"], axis=0) > 0).any()
+    assert lambdas[layers[-1]["layer"]][-1].mean() == pytest.approx(float(layers[-1]["lambda_mean"]))
     images = rows(folder, "images.csv")
     shares = [int(row["wrong_pixels"]) / int(row["labelled_pixels"]) for row in images]
     assert np.mean(shares) == pytest.approx(float(table[-1]["pixel_error"])) and len(images) == len(
@@ -108,7 +117,7 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
     straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
     assert straight.keys() == broken.keys() and all(torch.equal(straight[key], broken[key]) for key in straight)
     assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
-    for name in ("steps.npy", "layers.csv", "images.csv"):
+    for name in ("steps.npy", "layers.csv", "images.csv", *(["lambdas.npz"] if norm == "agc" else [])):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     for part, tag in (("", "curves/val_loss"), ("samples", "curves_by_samples/val_loss")):
         folders = (tmp_path / "straight" / part, tmp_path / "broken" / part)

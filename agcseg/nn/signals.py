@@ -21,6 +21,7 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
 
     Returns:
         unit's name -> plain figures:
+            height, width: of its maps.
             common_mode: |mean| / root mean square of a map behind the convolution, averaged over maps that are not 0.
             active: share of points that pass the ReLU.
             dead: a list of bool, one for each filter.
@@ -33,13 +34,17 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
     ratios: dict[nn.Module, Tensor] = {}
     active: dict[nn.Module, Tensor] = {}
 
+    sizes: dict[nn.Module, torch.Size] = {}
+
     def raw(conv: nn.Module, inputs: tuple, maps: Tensor) -> None:
-        maps = maps.double().flatten(2)
-        ratios[conv] = maps.mean(2).abs() / maps.square().mean(2).sqrt()
+        sizes[conv] = maps.shape[2:]
+        maps = maps.flatten(2)
+        size = torch.linalg.vector_norm(maps, dim=2, dtype=torch.float64)
+        ratios[conv] = maps.sum(2, dtype=torch.float64).abs() / (size * maps.shape[2] ** 0.5)
 
     def normalised(norm: nn.Module, inputs: tuple, maps: Tensor) -> None:
         gate = maps > (norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0)
-        active[norm] = gate.double().mean((0, 2, 3))
+        active[norm] = gate.mean((0, 2, 3), dtype=torch.float64)
 
     handles = [unit.conv.register_forward_hook(raw) for unit in implementations]
     handles += [unit.norm.register_forward_hook(normalised) for unit in implementations]
@@ -54,7 +59,11 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
             unit.implementation = implementation
         for handle in handles:
             handle.remove()
-    return {name: _figures(unit, ratios[unit.conv], active[unit.norm]) for name, unit in units.items()}
+    return {
+        name: dict(zip(("height", "width"), sizes[unit.conv], strict=True))
+        | _figures(unit, ratios[unit.conv], active[unit.norm])
+        for name, unit in units.items()
+    }
 
 
 def _figures(unit: ConvUnit, ratios: Tensor, active: Tensor) -> dict:

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,17 +13,17 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agcseg import class_weights, metrics, parallel
+from agcseg import class_weights, parallel
 from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
 from agcseg.folder import check_same_run, finished, free_folder, lock, result_line
-from agcseg.losses import image_losses
 from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
 from agcseg.nn import GEMS, add_noise, layer_signals
+from agcseg.passes import backward, constant_error, loss_figures, shown_images, validate
 from agcseg.record import (
     TensorBoard,
     lambdas_of,
@@ -124,7 +123,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     pixels = histogram(train, num_classes)
     weighting = class_weights.describe(classes.names, pixels, config.class_weights)
     weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
-    constant = _always(max(range(num_classes), key=pixels.__getitem__), val, num_classes, device)
+    constant = constant_error(max(range(num_classes), key=pixels.__getitem__), val, num_classes, device)
 
     torch.manual_seed(config.seed)
     network = build(
@@ -245,7 +244,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             samples += steps * config.minibatch
             network.eval()
             parallel.share_buffers(network)
-            figures, by_image, shown, shown_contours = evaluate(model, val, weights, num_classes, config, device)
+            figures, by_image, shown, shown_contours = validate(model, val, weights, num_classes, config, device)
             seconds += time.perf_counter() - start
             iou, peak = figures.pop("iou"), max(peak, peak_memory(device))
             rows.append(
@@ -253,7 +252,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "epoch": epoch,
                     "samples": samples,
                     "rate": learning_rate,
-                    **_loss_figures("train", losses),
+                    **loss_figures("train", losses),
                     **figures,
                     "gradient_norm": gradient_norm.item() / steps,
                     "images_per_second": steps * config.minibatch / train_seconds,
@@ -271,7 +270,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
             reset_peak_memory(device)  # looking at the layers is not training
             painted = None
             if shown is not None and (epoch == config.epochs or epoch.bit_count() == 1):  # 1, 2, 4, 8, ... and last
-                chosen = torch.from_numpy(val.indices[_shown(val, config.images)])
+                chosen = torch.from_numpy(val.indices[shown_images(val, config.images)])
                 painted = picture(val.images[chosen], shown, val.labels[chosen], classes.palette(), shown_contours)
                 write_picture(folder / "predictions.png", painted)
             save_checkpoint(
@@ -317,93 +316,6 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     return result
 
 
-def backward(
-    model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None
-) -> Tensor:
-    """Add the gradient of a minibatch's mean loss to the parameters' `.grad`, in `config.accumulate` parts.
-
-    Summed over images and divided by the whole minibatch, so that the split changes nothing (batch normalisation's
-    statistics apart). With several processes `images` are this one's share; `model`, a DistributedDataParallel,
-    averages the gradients.
-
-    Returns:
-        the mean losses that were added, detached: (1,), that of the classes, or (2,), and that of the contour.
-    """
-    chunks = [t.chunk(config.accumulate) for t in (images, labels, contours) if t is not None]
-    total, left = 0, config.accumulate
-    for some, truth, *borders in zip(*chunks, strict=True):
-        left -= 1
-        with model.no_sync() if left and parallel.world() > 1 else nullcontext():
-            losses = _losses(_logits(model, some, config), truth, weights, config, *borders)
-            losses = losses.sum(1) / len(images)
-            losses.sum().backward()
-        total += losses.detach()
-    return total
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, val: Split, weights, num_classes: int, config: Config, device):
-    """Validation losses and the figures of `agcseg.metrics`; the same image by image; predictions of the images that
-    are shown; and of those, where the network finds contours, the contour's probabilities, else None.
-
-    Several processes take every so-manyth image each, none of them twice, and put the answers together."""
-    first, step = parallel.rank(), parallel.world()
-    mine, wanted = range(first, len(val), step), set(_shown(val, config.images))
-    measured, shown, shown_contours, done = [], [], [], 0
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for images, labels, *contours in minibatches(val, config.minibatch // step, device, share=(first, step)):
-        outputs = _logits(model, images, config)
-        logits, contour = (outputs.classes, outputs.contour) if contours else (outputs, None)
-        prediction = logits.argmax(1)
-        wrong, labelled, pairs = metrics.count(prediction, labels, num_classes)
-        confusion += pairs
-        columns = [wrong, labelled, *_losses(outputs, labels, weights, config, *contours)]
-        if contours:
-            iou, counts = metrics.count_contours(contour, *contours, labels, config.contour.band)
-            columns += [iou, *counts.T]
-        measured.append(torch.stack([column.double() for column in columns], 1))
-        for i, position in enumerate(mine[done : done + len(images)]):
-            shown.append(prediction[i].byte().cpu() if position in wanted else None)
-            if contours:
-                shown_contours.append(contour[i, 0].sigmoid().cpu() if position in wanted else None)
-        done += len(images)
-    # Counts are exact in float64 too.
-    table = torch.tensor(parallel.gather(torch.cat(measured).tolist()), dtype=torch.float64)
-    shown, shown_contours = ([s for s in parallel.gather(some) if s is not None] for some in (shown, shown_contours))
-    wrong, labelled = table[:, 0], table[:, 1]
-    losses = table[:, 2:4] if contours else table[:, 2:3]
-    figures = _loss_figures("val", losses) | metrics.summarise(wrong, labelled, parallel.add(confusion).cpu())
-    if contours:
-        figures |= metrics.summarise_contours(table[:, 4], table[:, 5:])
-    rows = zip(val.names, wrong.tolist(), labelled.tolist(), losses.sum(1).tolist(), strict=True)
-    by_image = [
-        {"image": name, "wrong_pixels": int(w), "labelled_pixels": int(n), "loss": loss} for name, w, n, loss in rows
-    ]
-    stacks = (torch.stack(some) if some else None for some in (shown, shown_contours))
-    return figures, by_image, *stacks
-
-
-def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None) -> Tensor:
-    """(1, N), or with a contour (2, N): the losses of `image_losses`."""
-    return torch.stack(image_losses(outputs, labels, weights, contours, config.contour.loss, config.contour.band))
-
-
-def _loss_figures(what: str, losses: Tensor) -> dict[str, float]:
-    """Means of losses, (n, 1) or (n, 2): their sum and, if there are two, each."""
-    figures = {f"{what}_loss": losses.sum(1).mean().item()}
-    if losses.shape[1] == 2:
-        of_classes, of_contour = losses.mean(0).tolist()
-        figures |= {f"{what}_class_loss": of_classes, f"{what}_contour_loss": of_contour}
-    return figures
-
-
-def _logits(model: nn.Module, images: Tensor, config: Config) -> Tensor:
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return model(images)
-
-
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay acts on filters only: on λ, γ and β it would pull the very thing the paper observes to 0."""
     filters = [p for p in network.parameters() if p.dim() > 1]
@@ -411,26 +323,10 @@ def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _always(commonest: int, val: Split, num_classes: int, device) -> float:
-    """Validation pixel error of naming one class everywhere."""
-    counts = []
-    for i in val.indices:
-        labels = val.labels[int(i)].unsqueeze(0).to(device)
-        counts.append(metrics.count(torch.full_like(labels, commonest), labels, num_classes))
-    wrong, valid = (torch.cat([count[k] for count in counts]) for k in (0, 1))
-    return metrics.summarise(wrong, valid, sum(count[2] for count in counts))["pixel_error"]
-
-
 def _choose(split: str, available: int, wanted: int | None, seed: int):
     if wanted is not None and wanted > available:
         raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
     return choose(available, wanted, seed)
-
-
-def _shown(val: Split, number: int) -> list[int]:
-    """Positions of the validation images that are pictured: spread evenly, the same every time."""
-    number = min(number, len(val))
-    return [i * len(val) // number for i in range(number)]
 
 
 def _divergence(epoch: int, bad: int, steps: int, losses: Tensor, rows: list[dict]) -> str:

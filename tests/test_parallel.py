@@ -14,7 +14,7 @@ from torch import multiprocessing as mp
 from torch import nn
 
 import agcseg.cli.train
-import agcseg.run
+import agcseg.passes
 from agcseg import parallel
 from agcseg.config import Config, DataConfig, GemsConfig, NetworkConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
@@ -71,7 +71,7 @@ def gradients(norm, accumulate):
     model, (first, step) = network, (parallel.rank(), parallel.world())
     if step > 1:
         model = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    loss = agcseg.run.backward(model, images[first::step], labels[first::step], class_weights, config)
+    loss = agcseg.passes.backward(model, images[first::step], labels[first::step], class_weights, config)
     parallel.share_buffers(network)
     return [parallel.add(loss) / step, *(p.grad for p in network.parameters())], list(network.buffers())
 

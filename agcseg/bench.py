@@ -26,21 +26,22 @@ from agcseg.errors import UserError
 from agcseg.losses import image_losses
 from agcseg.machine import peak_memory, reset_peak_memory
 from agcseg.networks import build
+from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
 
-NORMS = ("bn", "agc", "agc-literal", "none", "instance", "group", "layer", "center", "agc_std", "mean_only", "frn",
-         "ws", "agc-window", "agc-median", "agc-trimmed", "bn-folded", "agc-onepass")  # fmt: skip
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
+TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
+FORMS = ("agc-literal", *(f"agc-{background}" for background in BACKGROUNDS if background != "map"), *TRAINED, *FOLDED)
 BASES = ("bn", "none", "bn-folded")  # what ratios are to
 MODES = {"": None, "-compiled": "default", "-graphs": "reduce-overhead"}  # suffix -> torch.compile's mode
-VARIANTS = tuple(norm + suffix for norm in NORMS for suffix in MODES)
+VARIANTS = tuple(name + mode for name in (*NORMS, *FORMS) for mode in MODES if not (mode and name in TRAINED))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training step to measure, or with `inference` one forward pass. `variant` is one of VARIANTS, `size` is
-    (height, width)."""
+    """One training step to measure, or with `inference` one forward pass. `variant` is one of VARIANTS: a norm, a form
+    of it if any, and a mode of torch.compile if any, joined by hyphens. `size` is (height, width)."""
 
     network: str
     variant: str
@@ -55,11 +56,15 @@ class Case:
 
     @property
     def norm(self) -> str:
-        return next(norm for norm in sorted(NORMS, key=len, reverse=True) if self.variant.startswith(norm))
+        return self.variant.partition("-")[0]
+
+    @property
+    def form(self) -> str:
+        return self.variant.removeprefix(self.norm).removesuffix(self.suffix).removeprefix("-")
 
     @property
     def suffix(self) -> str:
-        return self.variant.removeprefix(self.norm)
+        return next((mode for mode in MODES if mode and self.variant.endswith(mode)), "")
 
 
 class Step:
@@ -69,13 +74,15 @@ class Step:
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
         torch.manual_seed(0)
-        norm, _, form = case.norm.partition("-")
-        options = {"norm_options": {"background": form}} if form in BACKGROUNDS else {}
-        if form == "literal":
-            options["implementation"] = form
-        self.network = build(case.network, norm=norm, num_classes=case.num_classes, width=case.width, **options)
+        options = {"norm_options": {"background": case.form}} if case.form in BACKGROUNDS else {}
+        if case.form == "literal":
+            options["implementation"] = case.form
+        self.network = build(case.network, norm=case.norm, num_classes=case.num_classes, width=case.width, **options)
         self.network.to(self.device).train(not case.inference)
-        if case.norm in FOLDED:
+        if case.form == "noise":
+            add_noise(self.network, 0.1, 0.1, seed=0)
+        self.gems = GEMS(self.network) if case.form == "gems" else None
+        if case.form in ("folded", "onepass"):
             self.network = inference_form(self.network)
         images = torch.randn(case.minibatch, 3, *case.size, device=self.device)
         labels = torch.randint(0, case.num_classes, (case.minibatch, *case.size), device=self.device)
@@ -104,6 +111,8 @@ class Step:
             return
         self.optimizer.zero_grad()
         self.loss().backward()
+        if self.gems:
+            self.gems.scale_gradients()
         self.optimizer.step()
 
 

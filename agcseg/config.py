@@ -1,6 +1,6 @@
 """The configuration of a training run: typed, with the paper's values as defaults. Nothing here needs Hydra."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -76,6 +76,8 @@ class GemsConfig:
 
     mode: Optional[str] = None
     limit: float = 10.0
+    ema: float = 0.0
+    gate: str = "relu"
 
 
 @dataclass
@@ -199,7 +201,7 @@ def check(config: Config) -> None:
             with torch.device("meta"):
                 built = _try_network(config)
                 if config.gems.mode is not None:
-                    GEMS(built, config.gems.mode, config.gems.limit)
+                    GEMS(built, **asdict(config.gems))
         except UserError as error:
             problems.append(str(error))
     available = images_available(data)

@@ -148,7 +148,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     if config.noise.gain or config.noise.shift:
         noise = add_noise(network, config.noise.gain, config.noise.shift, config.seed * share[1] + share[0])
     if config.gems.mode:
-        gems = GEMS(network, config.gems.mode, config.gems.limit)
+        gems = GEMS(network, **asdict(config.gems))
     learning_rate = rate(config)
     groups = _parameter_groups(network, config.weight_decay)
     optimizer = torch.optim.SGD(groups, learning_rate, momentum(config), fused=True)
@@ -167,6 +167,8 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         torch.set_rng_state(saved["rng"])
         if noise:
             noise.set_state(saved["noise"][share[0] % len(saved["noise"])])
+        if gems:
+            gems.averages = saved.get("gems") or {}
         epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
         layers, lambdas = saved.get("layers", []), saved.get("lambdas", {})  # a run may be older than these
         history = saved.get("losses", torch.full((epoch, steps, parts), torch.nan))
@@ -282,6 +284,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
                     "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(),
                     "noise": noises,
+                    "gems": gems and gems.averages,
                     "rows": rows,
                     "layers": layers,
                     "lambdas": lambdas,

@@ -60,6 +60,25 @@ def test_median_is_the_lower_one_and_has_no_gradient():
     assert z.grad.flatten().tolist() == [1] * 4  # of z alone, none through the median
 
 
+def test_gradient_of_the_median_goes_to_one_position():
+    """That of torch's own; of several equal values the first."""
+    z = maps(h=3, w=4).requires_grad_()
+    found, expected = median(z, gradient=True), z.flatten(2).median(2).values
+    assert torch.equal(found.flatten(), expected.flatten()) and torch.equal(found, median(z))
+    weights = maps(h=1, w=1)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), z)
+    assert torch.equal(gradient, torch.autograd.grad((expected * weights[..., 0, 0]).sum(), z)[0])
+    assert ((gradient != 0).sum((2, 3)) == 1).all()
+    equal = torch.tensor([5.0, 2.0, 2.0, 1.0, 2.0, 7.0]).view(1, 1, 2, 3).requires_grad_()
+    median(equal, gradient=True).sum().backward()
+    assert equal.grad.flatten().tolist() == [0, 1, 0, 0, 0, 0]
+    layer = BackgroundAGC2d(1, 0.5, "median", median_gradient=True)
+    equal.grad = None
+    layer(equal).sum().backward()
+    assert equal.grad.flatten().tolist() == [1, -2, 1, 1, 1, 1]  # six times half of the background's is taken off
+    assert str(layer).endswith("background=median, median_gradient=True)")
+
+
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.77, 1.0])
 def test_trimmed_mean_and_its_gradient(quantile):
     z = maps(h=3, w=5).requires_grad_()
@@ -96,9 +115,9 @@ def test_layer(background):
     torch.testing.assert_close(layer(z), z * layer.weight.view(3, 1, 1) + layer.bias.view(3, 1, 1))
 
 
-@pytest.mark.parametrize("background", ["window", "trimmed"])
+@pytest.mark.parametrize("background", ["window", "median", "trimmed"])
 def test_gradcheck(background):
-    layer = BackgroundAGC2d(2, 0.7, background).double()
+    layer = BackgroundAGC2d(2, 0.7, background, median_gradient=True).double()
     z = maps(c=2, h=4, w=3).requires_grad_()
     parameters = dict(layer.named_parameters())
 
@@ -110,11 +129,16 @@ def test_gradcheck(background):
 
 @pytest.mark.parametrize("background", ["median", "trimmed"])
 def test_deterministic_algorithms(background):
-    layer, z = BackgroundAGC2d(3, 1.0, background), maps().float()
-    plain = layer(z)
+    layer, z = BackgroundAGC2d(3, 1.0, background, median_gradient=True), maps().float().requires_grad_()
+
+    def output_and_gradient():
+        output = layer(z)
+        return output, torch.autograd.grad(output.square().sum(), z)[0]
+
+    plain = output_and_gradient()
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.equal(layer(z), plain)
+        assert all(map(torch.equal, output_and_gradient(), plain))
     finally:
         torch.use_deterministic_algorithms(False)
 

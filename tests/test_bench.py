@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import agcseg.bench
-from agcseg.bench import Case, Step, alone, kept_for_backward, largest_minibatch
+from agcseg import ConvUnit
+from agcseg.bench import FOLDED, MODES, VARIANTS, Case, Step, alone, kept_for_backward, largest_minibatch
 from agcseg.cli.bench import main
+from agcseg.nn import NORMS
+from agcseg.nn.background import BACKGROUNDS
 
 
 def case(variant="bn", **values):
@@ -17,14 +20,31 @@ def case(variant="bn", **values):
 
 
 def test_variant_names():
-    names = {
-        variant: (case(variant).norm, case(variant).suffix) for variant in ("bn", "agc-literal-compiled", "agc-graphs")
-    }
-    assert names == {
-        "bn": ("bn", ""),
-        "agc-literal-compiled": ("agc-literal", "-compiled"),
-        "agc-graphs": ("agc", "-graphs"),
-    }
+    """Norm, form and mode put together make the name again; each is known."""
+    for name in VARIANTS:
+        made = case(name)
+        assert "-".join(filter(None, (made.norm, made.form))) + made.suffix == name
+        assert made.norm in NORMS and made.suffix in MODES
+    assert {*NORMS, "agc-window", "bn-graphs", "agc-literal-compiled", "agc-gems"} < {*VARIANTS}
+    assert (case("agc-literal-compiled").form, case("agc_std-graphs").norm) == ("literal", "agc_std")
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.endswith(("-compiled", "-graphs"))])
+def test_every_variant_runs(variant):
+    """One step, or forward pass, of a network that is what the name says."""
+    step = Step(case(variant, inference=variant in FOLDED))
+    before = [p.clone() for p in step.network.parameters()]
+    step()
+    after = list(step.network.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert all(map(torch.equal, before, after)) == (variant in FOLDED)
+    if variant not in FOLDED:
+        unit, form = step.network.encoder[0][1], step.case.form
+        assert isinstance(unit.norm, type(ConvUnit(1, 1, norm=NORMS[step.case.norm]).norm))
+        assert getattr(unit.norm, "background", "map") == (form if form in BACKGROUNDS else "map")
+        assert unit.is_fast == (variant in ("agc", "center"))
+        assert bool(step.gems and step.gems.factors) == (form == "gems")
+        assert len(unit.norm._forward_hooks) == (form in ("gems", "noise"))
 
 
 def test_kept_bytes_by_hand():
@@ -103,9 +123,11 @@ def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--variants", "bm"], "bm is not known; choose from bn,"),
+        (["--variants", "bm"], "bm is not known; choose from agc, agc-compiled,"),
         (["--size", "100x100"], "must be multiples of 32"),
         (["--variants", "bn,bn-folded"], "--variants bn-folded: cannot be trained; measure them with --inference"),
+        (["--variants", "agc-gems-compiled"], "agc-gems-compiled is not known"),
+        (["--variants", "bn,agc-gems", "--inference"], "--variants agc-gems: act in training alone"),
         (["--inference", "--data"], "leave --budget and --data out"),
         (["--budget", "12"], "give a number with GiB"),
         (["--device", "cuda:9"], "device=cuda:9: cannot be used here"),

@@ -178,6 +178,8 @@ def test_small_sizes_that_work(overrides):
         (["gems.mode=pixel"], "GEMS mode 'pixel' is not known; choose from minibatch, map, sample"),
         (["gems.mode=map", "norm=bn"], "GEMS mode 'map' cannot be used with BatchNorm2d"),
         (["gems.mode=map", "gems.limit=0"], "GEMS limit 0.0 must be at least 1"),
+        (["gems.mode=map", "gems.ema=0.9"], "GEMS ema 0.9 cannot be used with mode 'map'"),
+        (["gems.mode=sample", "gems.gate=error"], "GEMS gate 'error' is not known; choose from relu, grad"),
         (["momentum_match=2"], "momentum_match=2: must be at least minibatch=4, or null"),
         (["momentum_match=0", "minibatch=1"], "momentum_match=0: must be at least minibatch=1"),
         (["momentum_match=8", "lr.value=0.1"], "momentum_match=8 sets the rate from lr.base: leave lr.value null"),

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import agcseg
 from agcseg import ConvUnit
 from agcseg.errors import UserError
 from agcseg.nn import NORMS
-from agcseg.nn.gems import GEMS, MODES, SEPARATE
+from agcseg.nn.gems import GATES, GEMS, MODES, SEPARATE
 
 PER_MAP = [name for name in NORMS if isinstance(ConvUnit(3, 4, norm=NORMS[name]).norm, SEPARATE)]
 
@@ -176,6 +177,113 @@ def test_accumulation_is_exact(mode):
         torch.testing.assert_close(dict(unit.named_parameters())[name].grad, gradient, rtol=1e-10, atol=1e-12)
 
 
+def test_a_first_step_is_not_averaged():
+    unit, x = make("agc")
+    (plain, without), (found, averaged) = scaled(unit, x), scaled(unit, x, ema=0.9)
+    assert torch.equal(without.factors[""], averaged.factors[""]) and not without.averages
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "sample"])
+def test_average_over_steps(mode):
+    """Against shares weighted by age. Filter 0 is silent at first, filter 3 in every later step, filter 1 always."""
+    unit, x = make("none")
+    bias, shares = unit.conv.bias.data, []
+    gems = GEMS(unit, mode, limit=math.inf, ema=0.75)
+    bias[:2] = -100
+    for step, part in enumerate((x[:2], x[2:], 2 * x[:2], x[2:] - 1)):
+        passed = gate(unit.eval(), part)
+        shares.append((passed.amax((2, 3)) if mode == "sample" else passed).transpose(0, 1).flatten(1).mean(1))
+        plain = gradients(unit.train(), part)
+        gems.scale_gradients()
+        weights = 0.75 ** torch.arange(step, -1, -1, dtype=torch.float64)
+        share = (torch.stack(shares) * weights[:, None]).sum(0) / weights.sum()
+        factor = torch.where(shares[-1] > 0, 1 / share, 1.0)
+        torch.testing.assert_close(gems.factors[""], factor, rtol=1e-12, atol=0)
+        for name, gradient in plain.items():
+            found = dict(unit.named_parameters())[name].grad
+            torch.testing.assert_close(found, gradient * along(factor, gradient), rtol=1e-12, atol=0)
+        bias[0], bias[3] = 0.0, -100
+    assert (shares[0][0], shares[1][3]) == (0, 0) and shares[1][0] > 0 == shares[3][1]
+
+
+def test_a_filter_long_dead_stays_finite():
+    """Its average fades to nothing; with its gradient of 0 no factor may make a NaN."""
+    unit, x = make("agc")
+    gems = GEMS(unit, limit=math.inf, ema=0.01)
+    for step in range(200):
+        if step:
+            unit.norm.bias.data[1] = -100
+        gradients(unit, x[:1])
+        gems.scale_gradients()
+        assert gems.factors[""].isfinite().all() and (unit.norm.weight.grad[1] == 0) == (step > 0)
+    assert gems.averages[""][0, 1] == 0 and gems.factors[""][1] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ["agc", "instance", "frn", "bn", "none"])
+def test_error_gate(norm, mode):
+    """The loss looks at half of a pooled map: of each window there, its winner counts if the ReLU lets it through."""
+    if mode == "map" and norm == "bn":
+        pytest.skip("batch normalisation mixes maps")
+    unit, x = make(norm)
+    (unit.conv if norm == "none" else unit.norm).bias.data[0] -= 0.5
+    threshold = 0.1 if norm == "frn" else 0
+
+    def half(output):
+        return F.max_pool2d(output, 2)[:, :, 1:, 1:-1]
+
+    def loss(output):
+        return half(output).square().sum()
+
+    each = (half(unit(x)) > threshold).sum((2, 3))  # of two rows of two winners
+    assert each.min() == 0 and each.max() == 4 and (gate(unit, x).sum((2, 3)) > each).any()
+    active, points = {"minibatch": (each, 48), "sample": (each > 0, 1), "map": (each, 48)}[mode]
+    if mode != "map":
+        active, points = active.sum(0, keepdim=True), 4 * points
+    factor = torch.where(active > 0, points / active.clamp(min=1).double(), 1.0)
+    expected = {name: torch.zeros_like(p) for name, p in unit.named_parameters() if p.requires_grad}
+    for some, s in zip(x.split(len(x) // len(factor)), factor, strict=True):
+        for name, gradient in gradients(unit, some, loss).items():
+            expected[name] += gradient * (1 if name == "norm.threshold" else along(s, gradient))
+
+    gems = GEMS(unit, mode, math.inf, gate="grad")
+    unit(x)  # without a backward it counts for nothing
+    unit.zero_grad()
+    for part in x.split(4 if norm == "bn" else 2):
+        loss(unit(part)).backward()
+    assert torch.equal(gems.active[""], active.sum(0)) and gems.points[""] == points * len(factor)
+    gems.scale_gradients()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(dict(unit.named_parameters())[name].grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_gates_agree_where_every_point_gets_an_error():
+    unit, x = make("agc")
+    (by_relu, relu), (by_error, grad) = (scaled(unit, x, gate=way) for way in GATES)
+    assert torch.equal(relu.factors[""], grad.factors[""])
+    assert all(torch.equal(by_relu[name], by_error[name]) for name in by_relu)
+
+
+@pytest.mark.parametrize("options", [{"ema": 0.9}, {"gate": "grad"}, {"gate": "grad", "mode": "map"}])
+def test_a_whole_network(options):
+    """In half precision, over two steps of two parts each; the head and the error for the images stay as they are."""
+    torch.manual_seed(0)
+    network = agcseg.build("segnet", num_classes=5, width=0.05, init="he_centered")
+    images = torch.randn(2, 3, 32, 64)
+    gems = GEMS(network, **options)
+    for _ in range(2):
+        network.zero_grad()
+        for part in images.split(1):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = network(part).square().mean()
+            loss.backward()
+        gems.scale_gradients()
+    assert len(gems.factors) == 25 and all((factor >= 1).all() for factor in gems.factors.values())
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in network.parameters())
+    assert len(gems.averages) == (25 if "ema" in options else 0)
+
+
 def test_evaluation_counts_nothing():
     unit, x = make("agc")
     gems = GEMS(unit)
@@ -203,6 +311,11 @@ def test_with_pooling_and_in_half_precision(mode):
         ("agc", {"mode": "pixel"}, "GEMS mode 'pixel' is not known; choose from minibatch, map, sample"),
         ("agc", {"limit": 0.5}, "GEMS limit 0.5 must be at least 1"),
         ("agc", {"limit": math.nan}, "GEMS limit nan must be at least 1"),
+        ("agc", {"ema": 1.0}, "GEMS ema 1.0 must be at least 0 (off) and below 1"),
+        ("agc", {"ema": -0.1}, "GEMS ema -0.1 must be at least 0"),
+        ("agc", {"ema": math.nan}, "GEMS ema nan must be at least 0"),
+        ("agc", {"ema": 0.9, "mode": "map"}, "GEMS ema 0.9 cannot be used with mode 'map', whose factors are those of"),
+        ("agc", {"gate": "error"}, "GEMS gate 'error' is not known; choose from relu, grad"),
         ("bn", {"mode": "map"}, "GEMS mode 'map' cannot be used with BatchNorm2d, which mixes maps"),
         ("mean_only", {"mode": "map"}, "cannot be used with MeanOnlyBatchNorm2d"),
     ],

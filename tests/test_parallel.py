@@ -23,7 +23,12 @@ from agcseg.run import run
 RUNS = {
     "segnet": {"network": "segnet"},
     "classnet": {"network": "classnet"},
-    "gems": {"network": "segnet", "gems": GemsConfig("minibatch"), "accumulate": 2, "lr": RateConfig(value=0.02)},
+    "gems": {
+        "network": "segnet",
+        "gems": GemsConfig("minibatch", ema=0.9, gate="grad"),
+        "accumulate": 2,
+        "lr": RateConfig(value=0.02),
+    },
 }
 
 

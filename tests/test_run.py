@@ -129,8 +129,8 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
 
 
 def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, monkeypatch):
-    """The noise goes on where it was: its generator is in the checkpoint."""
-    config = tiny(epochs=3, noise=NoiseConfig(0.2, 0.2), gems=GemsConfig("minibatch"))
+    """Both go on where they were: the noise's generator and the averages of GEMS are in the checkpoint."""
+    config = tiny(epochs=3, noise=NoiseConfig(0.2, 0.2), gems=GemsConfig("minibatch", ema=0.9, gate="grad"))
     run(config, tmp_path / "straight")
     run(replace(config, epochs=2), tmp_path / "broken")
     run(config, tmp_path / "broken")

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from agcseg.bench import FOLDED, VARIANTS, Case, delivery, largest_minibatch, table
+from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, delivery, largest_minibatch, table
 from agcseg.errors import UserError
 from agcseg.machine import device_name, find_device
 from agcseg.networks import NETWORKS
+from agcseg.nn import NORMS
 from agcseg.record import write
 
 EPILOG = (
@@ -27,12 +28,12 @@ examples:
   agcseg-bench --data                                   images/s that the cache delivers, and its share of a step
   agcseg-bench --device cuda --precision bf16 --channels-last --minibatch 1,8 --variants bn-compiled,agc-compiled
 
-variants: """
-    + ", ".join(v for v in VARIANTS if "-" not in v)
-    + """,
-agc-literal, agc-window, agc-median, agc-trimmed, and of inference bn-folded and agc-onepass, the norm being part of
-the convolution; each also with -compiled (torch.compile) or -graphs (the same with
-CUDA graphs)
+variants: every norm ("""
+    + ", ".join(NORMS)
+    + """);
+agc-literal, the paper's formula; agc-window, agc-median and agc-trimmed, other backgrounds; agc-gems and agc-noise, in
+training only; bn-folded and agc-onepass, in inference only, the norm being part of the convolution; each but gems and
+noise also with -compiled (torch.compile) or -graphs (the same with CUDA graphs)
 
 columns: step = forward, backward and update, median over the rounds; time/bn, time/none = ratio to the same step with
 batch normalisation or none, round by round, with its extremes; kept = MiB that autograd keeps for backward; peak = MiB
@@ -96,6 +97,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     folded = [variant for variant in variants if variant.startswith(FOLDED)]
     if folded and not arguments.inference:
         raise UserError(f"--variants {','.join(folded)}: cannot be trained; measure them with --inference")
+    trained = [variant for variant in variants if variant in TRAINED]
+    if trained and arguments.inference:
+        raise UserError(f"--variants {','.join(trained)}: act in training alone; measure them without --inference")
     if arguments.inference and (arguments.budget or arguments.data):
         raise UserError("--inference measures forward passes: leave --budget and --data out")
     cases = [

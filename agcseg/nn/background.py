@@ -41,10 +41,19 @@ def _averages(side: int, window: int | float, like: Tensor) -> Tensor:
     return near / near.sum(1, keepdim=True)
 
 
-def median(maps: Tensor) -> Tensor:
-    """Median of each map, the lower one of two, (N, C, 1, 1). No gradient flows through it: it would be all of one
-    position's."""
-    return _smallest(maps, (maps.shape[2] * maps.shape[3] + 1) // 2)
+def median(maps: Tensor, gradient: bool = False) -> Tensor:
+    """Median of each map, the lower one of two, (N, C, 1, 1).
+
+    With `gradient` all of its gradient goes to the position it stands at, the first of several equal ones; else, as it
+    would be all of one position's, none flows.
+    """
+    lower = _smallest(maps, (maps.shape[2] * maps.shape[3] + 1) // 2)
+    if not gradient:
+        return lower
+    values = maps.flatten(2)
+    # not the position that the selection names: among equal values that is any
+    first = (values == lower[..., 0]).to(torch.uint8).argmax(2, keepdim=True)
+    return values.gather(2, first)[..., None]
 
 
 def trimmed_mean(maps: Tensor, quantile: float) -> Tensor:
@@ -77,6 +86,7 @@ class BackgroundAGC2d(AGC2d):
         background: "window" (see `window_mean`), "median", "trimmed" (see `trimmed_mean`), or "map", the mean.
         window: of "window".
         quantile: of "trimmed".
+        median_gradient: of "median": a gradient flows through it (see `median`).
 
     Raises:
         UserError (a ValueError): `background` is none of these, `window` is even or too small, or `quantile` not in
@@ -90,6 +100,7 @@ class BackgroundAGC2d(AGC2d):
         background: str = "window",
         window: int | float = 0.5,
         quantile: float = 0.5,
+        median_gradient: bool = False,
     ) -> None:
         super().__init__(num_features, mean_scale)
         if background not in BACKGROUNDS:
@@ -101,13 +112,14 @@ class BackgroundAGC2d(AGC2d):
         if not 0 < quantile <= 1:
             raise UserError(f"quantile={quantile!r} must be above 0 and at most 1")
         self.background, self.window, self.quantile = background, window, quantile
+        self.median_gradient = median_gradient
 
     def forward(self, input: Tensor) -> Tensor:
         maps = input.to(_statistics_dtype(input))
         if self.background == "window":
             background = window_mean(maps, self.window)
         elif self.background == "median":
-            background = median(maps)
+            background = median(maps, self.median_gradient)
         elif self.background == "trimmed":
             background = trimmed_mean(maps, self.quantile)
         else:
@@ -117,4 +129,5 @@ class BackgroundAGC2d(AGC2d):
 
     def extra_repr(self) -> str:
         detail = {"window": f", window={self.window:g}", "trimmed": f", quantile={self.quantile:g}"}
+        detail["median"] = ", median_gradient=True" if self.median_gradient else ""
         return f"{super().extra_repr()}, background={self.background}{detail.get(self.background, '')}"

@@ -9,6 +9,10 @@ A are let through by its ReLU, has its gradients multiplied by
 That is the ratio of the two normalisers, so the loss stays as it is. Only the gradients of parameters are scaled, never
 the error sent on to the layer below, so that no layer changes another's gradients. Layers without a ReLU, the
 classifier, are left alone.
+
+A and P can be averaged over steps (`ema`): both decay by the same factor as new counts are added, so that a step weighs
+less the older it is, the first like any other, and A/P is the share of a window of about 1/(1 - ema) minibatches. A
+step in which a filter is silent counts there as what it is, one with no active point; its own factor is 1.
 """
 
 import torch
@@ -20,6 +24,7 @@ from agcseg.nn.conv import ConvUnit
 from agcseg.nn.norms import FRN2d, ScaledWS2d
 
 MODES = ("minibatch", "map", "sample")
+GATES = ("relu", "grad")
 # Norms that treat each map on its own, so that a factor on a map's error comes out of their backward as it went in.
 SEPARATE = (AGC2d, FRN2d, ScaledWS2d, nn.InstanceNorm2d, nn.Identity)
 
@@ -39,26 +44,44 @@ class GEMS:
             "map": points of each map by themselves; each sample's part of the gradient has its own factor, before they
                 are added up. For norms that treat each map on its own. The same as "minibatch" for one sample.
         limit: the largest factor, at least 1; `inf` for none.
+        ema: from 0 (none) to below 1: how much of the counts of earlier steps remains, from step to step. Not with
+            "map", whose factors are those of single samples.
+        gate: which points are active:
+            "relu": those that the ReLU lets through, whether or not a pooling takes them up.
+            "grad": those of them that an error comes back to: not the losers of a pooling, nor, in front of the
+                classifier, pixels without a label. (Further below a mean's gradient reaches every point.) Counted in
+                backward.
 
     Attributes:
         active: unit's name -> A, (C,) int64, since the last `scale_gradients`.
         points: unit's name -> P, () int64.
+        averages: unit's name -> A and P averaged over steps, (2, C) float64, without a common factor; empty where `ema`
+            is 0. The only thing that belongs into a checkpoint.
         factors: unit's name -> s of the last `scale_gradients`, (C,) float64; with "map" the mean over samples of the
             last part.
 
     Raises:
-        UserError (a ValueError): mode or limit cannot be used, or "map" not with this network's norm.
+        UserError (a ValueError): mode, limit, ema or gate cannot be used, or "map" not with this network's norm or ema.
     """
 
-    def __init__(self, network: nn.Module, mode: str = "minibatch", limit: float = 10.0) -> None:
+    def __init__(
+        self, network: nn.Module, mode: str = "minibatch", limit: float = 10.0, ema: float = 0.0, gate: str = "relu"
+    ) -> None:
         if mode not in MODES:
             raise UserError(f"GEMS mode {mode!r} is not known; choose from {', '.join(MODES)}")
         if not limit >= 1:
             raise UserError(f"GEMS limit {limit} must be at least 1")
-        self.mode, self.limit = mode, limit
+        if not 0 <= ema < 1:
+            raise UserError(f"GEMS ema {ema} must be at least 0 (off) and below 1")
+        if ema and mode == "map":
+            raise UserError(f"GEMS ema {ema} cannot be used with mode 'map', whose factors are those of single samples")
+        if gate not in GATES:
+            raise UserError(f"GEMS gate {gate!r} is not known; choose from {', '.join(GATES)}")
+        self.mode, self.limit, self.ema, self.gate = mode, limit, ema, gate
         self.units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
         self.active: dict[str, Tensor] = {}
         self.points: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         for name, unit in self.units.items():
             if mode == "map" and not isinstance(unit.norm, SEPARATE):
@@ -71,7 +94,14 @@ class GEMS:
         """Multiply the gradients of all units' parameters by their factors, and start to count afresh."""
         for name, unit in self.units.items():
             if self.mode != "map":
-                factor = self.factors[name] = self._factor(self.active[name], self.points[name])
+                active, points = self.active[name], self.points[name]
+                if self.ema:
+                    counts = torch.stack([active, points.expand_as(active)]).double()
+                    if name in self.averages:
+                        counts += self.ema * self.averages[name].to(counts.device)
+                    active, points = self.averages[name] = counts
+                factor = self._factor(active, points).where(self.active[name] > 0, 1.0)
+                self.factors[name] = factor
                 for parameter in unit.parameters():
                     # a threshold of the activation learns from the points that it stops
                     if parameter.grad is not None and parameter is not getattr(unit.norm, "threshold", None):
@@ -90,21 +120,30 @@ class GEMS:
     def _hook(self, name: str, unit: ConvUnit) -> None:
         scale: dict[str, Tensor] = {}  # of the forward in progress, until its backward
 
-        def count(norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
-            if not (norm.training and torch.is_grad_enabled()):
-                return maps
-            gate = maps.detach() > (norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0)
+        def count(gate: Tensor, dtype: torch.dtype) -> None:
             each = gate.flatten(2).sum(2)  # (N, C)
-            positions = maps.shape[2:].numel()
+            positions = gate.shape[2:].numel()
             counted = (each > 0).sum(0) if self.mode == "sample" else each.sum(0)
             self.active[name] += counted
-            self.points[name] += len(maps) * (1 if self.mode == "sample" else positions)
+            self.points[name] += len(gate) * (1 if self.mode == "sample" else positions)
             if self.mode == "map":
-                factor = self._factor(each, positions).to(maps.dtype)[:, :, None, None]
+                factor = scale["of maps"] = self._factor(each, positions).to(dtype)[:, :, None, None]
                 self.factors[name] = factor.mean((0, 2, 3))
-                scale["of maps"] = factor
+
+        def returning(error: Tensor) -> Tensor | None:
+            if self.gate == "grad":
+                count(error != 0, error.dtype)
+            return error * scale["of maps"] if self.mode == "map" else None
+
+        def passing(norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
+            if not (norm.training and maps.requires_grad):
+                return maps
+            if self.gate == "relu":
+                threshold = norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0
+                count(maps.detach() > threshold, maps.dtype)
+            if self.gate == "grad" or self.mode == "map":
                 maps = maps.clone()  # the ReLU works in place, and on a view (instance norm's) that loses the hook
-                maps.register_hook(lambda grad: grad * factor)
+                maps.register_hook(returning)
             return maps
 
         def rewire(conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
@@ -112,7 +151,7 @@ class GEMS:
                 return maps
             return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, scale)
 
-        unit.norm.register_forward_hook(count)
+        unit.norm.register_forward_hook(passing)
         if self.mode == "map":
             unit.conv.register_forward_hook(rewire)
 

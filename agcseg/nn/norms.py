@@ -21,11 +21,12 @@ def agc_norm(
     background: str = "map",
     window: int | float = 0.5,
     quantile: float = 0.5,
+    median_gradient: bool = False,
 ) -> AGC2d:
     """AGC2d, whose background is the mean of the map, or AGC with another one (see `agcseg.nn.background`)."""
     if background == "map":
         return AGC2d(num_features, mean_scale)
-    return BackgroundAGC2d(num_features, mean_scale, background, window, quantile)
+    return BackgroundAGC2d(num_features, mean_scale, background, window, quantile, median_gradient)
 
 
 def center(num_features: int, mean_scale: float = 1.0) -> AGC2d:

@@ -333,3 +333,14 @@ def test_links(page):
         headings = re.findall(r"^#+ (.+)$", other.read_text(), flags=re.MULTILINE) if heading else []
         slugs = [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]
         assert not heading or heading in slugs, f"{page.name}: {target}"
+
+
+def test_table_of_overrides():
+    """Every key in the table of README.md is one, and so is every choice of a file."""
+    table = (ROOT / "README.md").read_text().split("\n## Overrides\n")[1].split("\n## ")[0]
+    settings = [word for code in re.findall(r"`([^`]+)`", table) for word in code.split() if "=" in word]
+    assert len(settings) > 30
+    for key, value in (setting.split("=", 1) for setting in settings):
+        check_keys("agcseg-train", [f"{key}={value}"], Config)
+        if key in ("network", "norm", "data", "experiment"):
+            assert (Path(CONFIGS) / key / f"{value}.yaml").exists(), f"{key}={value}"

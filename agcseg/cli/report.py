@@ -26,8 +26,8 @@ written into FOLDER:
   report.csv       the table of runs for programs: errors are fractions, not %
   figure1.png      the eight panels of the paper's Figure 1, where FOLDER holds the paper's experiment: runs whose
                    configuration is named figure1, or most of its twelve settings
-  figure.png       else: validation pixel error and loss against the epoch; one column per normalisation where the runs
-                   differ in no more than BN or AGC, minibatch and rate, else one curve per setting: the mean of its seeds
+  figure.png       else: validation pixel error and loss against the epoch: a column for BN and one for AGC, where the
+                   runs differ in nothing else but minibatch and rate; otherwise a curve per setting, over its seeds
   lambda.png       λ of every layer, at the end and over the epochs (where AGC runs have recorded it); where settings
                    differ in its start, at the start and at the end of each
   predictions.png  the first validation image as each run predicts it (where runs have stored predictions)

@@ -13,15 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report.read import NAMES, Run
+from agcseg.report.read import FREE, NAMES, Run
 from agcseg.report.statistics import bootstrap, t_interval
 
 VARIED = {"norm.name", "minibatch", "lr.base", "lr.value", "seed"}
-# Where things lie, and how fast they go.
-FREE = {
-    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "images", "data.root",
-    "data.cache_dir", "network.implementation", "network.options.recompute",
-}  # fmt: skip
 
 Seeds = dict[int, Run]  # the runs of one setting
 Cells = dict[Setting, Seeds]

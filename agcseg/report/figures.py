@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from agcseg.figure1 import PANELS, Panel, Setting
 from agcseg.report.compare import Cells, Seeds, label
-from agcseg.report.read import NAMES, NORMS, Run
-from agcseg.report.settings import SHORT, Settings, by_error, common, epoch_of, held
+from agcseg.report.read import NAMES, NORMS, SHORT, Run
+from agcseg.report.settings import Settings, by_error, common, epoch_of, held
 from agcseg.report.statistics import t_interval
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
@@ -93,7 +93,8 @@ def lambda_figure(runs: list[Run]) -> Figure:
     rows = fig.subfigures(len(runs), 1, squeeze=False, height_ratios=heights).flat
     for part, run in zip(rows, runs, strict=True):
         layers, last = run.layers, {key: values[-1] for key, values in run.layers.values.items()}
-        where = f"{run.title}: {NAMES.get(run.norm, run.norm)}, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
+        norm = NAMES.get(run.norm, run.norm)
+        where = f"{run.title}: {norm}, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
         part.suptitle(where, x=0.02, ha="left", fontsize=11, fontweight="bold")
         left, right = part.subplots(1, 2, sharey=True)
         depth = np.arange(len(layers.names))

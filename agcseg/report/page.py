@@ -24,13 +24,13 @@ from agcseg.report.settings import (
     Settings,
     common,
     compared,
+    costs_compared,
     differences_table,
     epoch_of,
     lambda_memory,
     lambda_starts,
     like,
     settings_table,
-    why_no_costs,
 )
 from agcseg.report.tables import EXPLAINED, panel_table, reached_table, summarise, table_text
 
@@ -40,6 +40,7 @@ depends on how a training goes: its interval covers the choice of validation ima
 brackets. A diverged run counts as infinitely bad. Time and memory are compared on the same device only, and say nothing
 if other programs shared it. A spike is a stretch of steps whose loss is above 3 times the median of the 100 steps
 before; its size is peak / median."""
+ALIKE = " Judged on the runs that differ from the reference in norm, minibatch and rate only."
 PAPER = "The paper: Cityscapes, 256x512, 150 epochs, SegNet and ClassNet at full width, one run each."
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:0 1rem;color:#222}
 img{max-width:100%;height:auto}div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
@@ -123,12 +124,7 @@ def _content(
     if answers:
         blocks += [("h2", "The paper's claims"), ("table", [["", "claim", "verdict"]] + [
             [str(answer.number), answer.claim, answer.answer] for answer in answers])]  # fmt: skip
-        blocks.append(
-            (
-                "p",
-                HOW + f" Judged on runs that differ from {reference} in norm, minibatch and rate only." * bool(groups),
-            )
-        )
+        blocks.append(("p", HOW + ALIKE * bool(groups)))
         for answer in answers:
             blocks.append(("h3", f"{answer.number}. {answer.claim}: {answer.answer}"))
             blocks.append(("ul", [part.text for part in answer.parts]))
@@ -164,11 +160,7 @@ def _content(
 
 
 def _settings(groups: Settings, reference: str) -> list[Block]:
-    why = why_no_costs(groups)
-    costs = (
-        f"Speed and memory are not compared: {why}." if why else "img/s: median; MiB: peak. Both hold only if no other "
-    )
-    costs += "" if why else "program shared the device."
+    _, _, costs = costs_compared(groups)
     return [
         ("table", settings_table(groups, reference)),
         ("p", f"{SETTINGS.format(epoch=epoch_of(groups))} {INTERVALS} {costs}"),

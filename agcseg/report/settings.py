@@ -4,23 +4,20 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
-from agcseg.config import Config, momentum, rate
+from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.report import measures
-from agcseg.report.compare import FREE, Seeds, cells, common_epoch, is_figure1, keep, unlike
-from agcseg.report.read import NAMES, NORMS, Run, flat
+from agcseg.report.compare import Seeds, cells, common_epoch, is_figure1, keep, unlike
+from agcseg.report.read import NORMS, Run, describe, flat
 from agcseg.report.statistics import t_interval
 
 Settings = dict[str, Seeds]  # the runs of each setting, by its name
 
 # What the figure with one column per normalisation shows; where runs differ in more, their settings are compared.
 COLUMNS_SHOW = {"norm", "network", "width", "data", "size", "epochs", "minibatch", "rate"}
-SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS"}
 UNSAID = ("no noise", "no GEMS", "background map")  # said only where there is nothing else to say
 FOLLOWED = ("agc", "agc_std")  # norms whose λ is trained
 MEASURES = (  # heading, measure, decimals
@@ -30,6 +27,7 @@ MEASURES = (  # heading, measure, decimals
     ("mIoU, %", measures.final_miou, 1),
     ("loss", measures.final_loss, 3),
 )
+STEADY = 0.1  # the middle 80 % of a setting's epochs differ in speed by no more than this
 INTERVALS = """From three seeds on, ± is the 95 % interval of the mean (Student's t; not corrected for the number of
 comparisons). Two seeds allow no useful interval: both values are in brackets. One seed says nothing about how trainings
 vary."""
@@ -61,7 +59,7 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
     "momentum 0.9875, rate 0.0025".
     """
     keys, groups, notes = varying(runs), {}, []
-    names = {run.name: _name(describe(run.settings, run.processes), keys) for run in runs}
+    names = {run.name: _name(run.words, keys) for run in runs}
     for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
         keep(groups.setdefault(names[run.name], {}), run, notes)
     return groups, notes
@@ -69,50 +67,12 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
 
 def varying(runs: list[Run]) -> list[str]:
     """The keys of `describe` in which runs differ; options of a norm or a network are compared among its runs only."""
-    words = [(run, describe(run.settings, run.processes)) for run in runs]
 
     def differs(key: str) -> bool:
         owner = key.partition(":")[0] if ":" in key else ""
-        return len({said.get(key) for run, said in words if not owner or owner in (run.norm, run.network)}) > 1
+        return len({run.words.get(key) for run in runs if not owner or owner in (run.norm, run.network)}) > 1
 
-    return [key for key in dict.fromkeys(key for _, said in words for key in said) if differs(key)]
-
-
-def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
-    """What decides a run's outcome, seed apart, in words; several keys that are one thing, such as noise, are one.
-
-    The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
-    """
-    rest = {key: value for key, value in settings.items() if key not in FREE | {"seed"}}
-    rate_of = SimpleNamespace(lr=SimpleNamespace(base=rest.pop("lr.base"), value=rest.pop("lr.value")))
-    for key in ("minibatch", "momentum", "momentum_match"):
-        setattr(rate_of, key, rest.pop(key))
-    norm, network = rest.pop("norm.name"), rest.pop("network.name")
-    words = {"norm": SHORT.get(norm, norm)}
-    start, background, window, quantile = (
-        rest.pop(f"norm.options.{key}", None) for key in ("mean_scale", "background", "window", "quantile")
-    )
-    if start is not None:
-        words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
-    if background is not None:
-        extent = {"window": window, "trimmed": quantile}.get(background)
-        words[f"{norm}:background"] = f"background {background}" + f" {extent}" * (extent not in (None, 0.5))
-    words["network"] = SHORT.get(network, network)
-    words["width"] = f"width {rest.pop('network.width')}"
-    words["data"] = SHORT.get(rest["data.name"], rest.pop("data.name"))
-    words["size"] = "x".join(map(str, rest.pop("data.size")))
-    words["init"] = f"init {rest.pop('network.init')}"
-    words["minibatch"] = f"minibatch {rate_of.minibatch}"
-    words["momentum"], words["rate"] = f"momentum {momentum(rate_of):.6g}", f"rate {rate(rate_of):.4g}"
-    gain, shift = rest.pop("noise.gain"), rest.pop("noise.shift")
-    words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
-    mode, limit = rest.pop("gems.mode"), rest.pop("gems.limit")
-    words["gems"] = f"GEMS {mode}" + f" at most {limit:g}" * (limit != 10) if mode else "no GEMS"
-    words["processes"] = f"{processes} processes"
-    for key, value in rest.items():
-        owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")
-        words[owner + key] = f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
-    return words
+    return [key for key in dict.fromkeys(key for run in runs for key in run.words) if differs(key)]
 
 
 def reference_of(groups: Settings, name: str | None = None) -> str:
@@ -131,7 +91,7 @@ def reference_of(groups: Settings, name: str | None = None) -> str:
     usual = describe(flat(asdict(Config())) | {"norm.options.mean_scale": 1.0, "norm.options.background": "map"})
 
     def rank(known: str) -> tuple[int, int]:
-        words = describe(next(iter(groups[known].values())).settings)
+        words = next(iter(groups[known].values())).words
         return sum(words.get(key, usual.get(key)) != usual.get(key) for key in keys), -len(groups[known])
 
     return min(groups, key=rank)
@@ -145,7 +105,7 @@ def like(runs: list[Run], reference: Run) -> list[Run]:
 
 def common(runs: list[Run]) -> str:
     """What all settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
-    keys, words = varying(runs), describe(runs[0].settings)
+    keys, words = varying(runs), runs[0].words
     shared = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
     return "; ".join([*dict.fromkeys(run.title for run in runs), ", ".join(shared)])
 
@@ -172,9 +132,9 @@ def by_error(groups: Settings, epoch: int) -> list[str]:
 
 
 def settings_table(groups: Settings, reference: str) -> list[list[str]]:
-    """What the settings reached, the best first; speed and memory only if `why_no_costs` is empty."""
-    epoch = epoch_of(groups)
-    costs = [] if why_no_costs(groups) else [("img/s", measures.speed, 1), ("MiB", measures.memory, 0)]
+    """What the settings reached, the best first; speed and memory where `costs_compared` says so."""
+    epoch, (speed, memory, _) = epoch_of(groups), costs_compared(groups)
+    costs = [("img/s", measures.speed, 1)] * speed + [("MiB", measures.memory, 0)] * memory
     lines = [["setting", "n", *(heading for heading, *_ in (*MEASURES, *costs))]]
     for name in by_error(groups, epoch):
         runs = held(groups[name], epoch).values()
@@ -220,16 +180,28 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     return f"{mean} ± {(high - low) / 2:.{digits}f}"
 
 
-def why_no_costs(groups: Settings) -> str:
-    """Why the settings' times and memory cannot be compared, or empty."""
-    runs = [run for seeds in groups.values() for run in seeds.values() if run.state == "finished"]
-    return unlike(runs) if runs else "no run has finished"
+def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
+    """Whether speed and memory of the settings can be compared, and what to say about it.
+
+    Both only on one device; speed only if it kept steady within each setting, for otherwise others used the device too.
+    """
+    seeds = [[run for run in seeds.values() if run.state == "finished"] for seeds in groups.values()]
+    why = unlike([run for runs in seeds for run in runs]) if any(seeds) else "no run has finished"
+    if why:
+        return False, False, f"Speed and memory are not compared: {why}."
+    speeds = [np.concatenate([measures.speeds(run) for run in runs]) for runs in seeds if runs]
+    spans = [np.ptp(np.percentile(of, (10, 90))) / np.median(of) for of in speeds if len(of)]
+    if not spans or max(spans) > STEADY:
+        varied = f": it varied by {max(spans):.0%} within one setting, as if other programs ran too" if spans else ""
+        return False, True, f"MiB: peak memory. Speed is not compared{varied}."
+    return True, True, "img/s: median; MiB: peak memory."
 
 
 def lambda_starts(groups: Settings) -> Settings:
-    """The settings with a trained λ that did not diverge and was recorded from its start on, if they differ in that start; else none.
+    """The settings that start with different λ, with their runs that trained it, recorded it, and did not diverge.
 
-    All must have the same layers."""
+    None where all start alike, or have different layers.
+    """
 
     def followed(run: Run) -> bool:
         return run.state != "diverged" and run.norm in FOLLOWED and run.layers is not None and run.layers.epochs[0] == 0

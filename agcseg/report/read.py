@@ -172,7 +172,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["processes"] = f"{processes} processes"
     for key, value in rest.items():
         owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")
-        words[owner + key] = f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
+        word = key.rpartition(".")[2].replace("_", " ")
+        words[owner + key] = "no " * (not value) + word if isinstance(value, bool) else f"{word} {value}"
     return words
 
 

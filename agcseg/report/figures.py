@@ -26,6 +26,7 @@ STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, 
 }  # fmt: skip
 SAME_SCALE = ("ab", "cd", "e", "f", "gh")  # panels that the paper compares; ClassNet's loss has one part more
 ROLES = {"encoder": "#0072B2", "lateral": "#009E73", "decoder": "#D55E00", "head": "#000000"}
+LABEL = 32  # letters in a line of a setting's name
 
 Curve = tuple[Run, np.ndarray]  # a run and its points (n, 2), finite ones only
 
@@ -139,7 +140,8 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
     epoch, styles = epoch_of(groups), setting_styles([*groups])
     order = by_error(groups, epoch)
     runs = [run for seeds in groups.values() for run in seeds.values()]
-    above, below = 4.1, 0.75 + 0.23 * len(order)
+    lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
+    above, below = 4.1, 0.75 + (0.07 + 0.16 * lines) * len(order)
     fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     fig.suptitle(common(runs), x=0.02, ha="left", fontsize=9, color="0.35")
@@ -148,7 +150,7 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
     measures = (("pixel_error", "validation pixel error, %", sorted(commonest)), ("val_loss", "validation loss", []))
     for (curves, rows), (metric, title, levels) in zip(axes.T, measures, strict=True):
         drawn = [(run, points(run, metric)) for run in runs]
-        low, high = y_range(drawn, levels, reach=1.5)
+        low, high = y_range(drawn, levels)
         for level in levels:
             curves.axhline(level, color="0.6", ls=":", lw=1)
             if level < high:
@@ -391,7 +393,7 @@ def _label_rows(axis: Axes, names: Sequence[str], reference: str, styles: dict[s
         width = 2.6 if name == reference else 1.7
         axis.plot([-0.085, -0.02], [row, row], transform=at, clip_on=False, **styles[name] | {"lw": width})
         weight = "bold" if name == reference else "normal"
-        axis.text(-0.1, row, name, transform=at, ha="right", va="center", fontsize=9.5, fontweight=weight)
+        axis.text(-0.1, row, fill(name, LABEL), transform=at, ha="right", va="center", fontsize=9.5, fontweight=weight)
 
 
 def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict, band: bool = True) -> None:

@@ -107,7 +107,7 @@ def common(runs: list[Run]) -> str:
     """What all settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
     keys, words = varying(runs), runs[0].words
     shared = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
-    return "; ".join([*dict.fromkeys(run.title for run in runs), ", ".join(shared)])
+    return "; ".join([*dict.fromkeys(run.title for run in runs), *[", ".join(shared)][: len(shared)]])
 
 
 def epoch_of(groups: Settings) -> int:
@@ -210,20 +210,20 @@ def lambda_starts(groups: Settings) -> Settings:
     runs = [run for seeds in chosen.values() for run in seeds.values()]
     if len({tuple(run.layers.names) for run in runs}) != 1:
         return {}
-    starts = {run.settings.get("norm.options.mean_scale") for run in runs}
+    starts = {round(float(run.layers.values["lambda_mean"][0].mean()), 3) for run in runs}
     return {name: seeds for name, seeds in chosen.items() if seeds} if len(starts) > 1 else {}
 
 
 def lambda_memory(groups: Settings) -> float:
-    """How far the settings' mean λ lie apart at the end, divided by how far at the start; mean over the layers.
+    """How far the settings' mean λ lie apart at the end ÷ at the start, both averaged over the layers.
 
     1: nothing of the start is forgotten; 0: all ends are the same. What seeds differ by is in it too.
     """
     ends = [
         np.mean([run.layers.values["lambda_mean"][[0, -1]] for run in seeds.values()], 0) for seeds in groups.values()
     ]
-    before, after = np.ptp(ends, axis=0)
-    return float(np.mean(after / before))
+    before, after = np.ptp(ends, axis=0).mean(1)
+    return float(after / before)
 
 
 def _name(words: dict[str, str], keys: list[str]) -> str:

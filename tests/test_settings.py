@@ -81,6 +81,23 @@ def differences(folder, reference=None):
             ["BN", "AGC", "AGC, background median", "no norm", "center, λ 0", "center, λ 1", "FRN"],
             "AGC",
         ),
+        (  # what is usual is said only where it is not so
+            [{"norm.name": norm, "network.init": "he_centered"} for norm in ("bn", "agc", "none", "group")]
+            + [{"norm.name": "none", "network.init": "he"}],
+            ["BN", "AGC", "no norm", "no norm, init he", "group"],
+            "AGC",
+        ),
+        (  # an option stands with its norm, whichever run names it first
+            [{"norm.name": "bn", "network.init": init} for init in ("he", "identity")]
+            + [{"norm.options.mean_scale": scale, "network.init": "identity"} for scale in (0, 0.5)],
+            ["BN, init he", "BN, init identity", "AGC, λ from 0, init identity", "AGC, λ from 0.5, init identity"],
+            "BN, init he",
+        ),
+        (
+            [{}, {"data.flip": True}, {"gems.mode": "map"}, {"epochs": 3}],
+            ["AGC", "GEMS map", "epochs 3", "flip"],
+            "AGC",
+        ),
         ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
     ],
 )  # fmt: skip
@@ -177,6 +194,8 @@ def test_speed_and_memory_are_compared_where_they_can_be(tmp_path):
 def test_colours_stay_with_their_settings():
     names = [SHORT.get(norm, norm) for norm in NORMS]
     all_norms = setting_styles(names)
+    more = setting_styles(["BN", "layer", "no norm, init he"])
+    assert more["BN"] == all_norms["BN"] and more["no norm, init he"] not in all_norms.values()
     assert setting_styles(["BN", "layer"]) == {name: all_norms[name] for name in ("BN", "layer")}
     for styles in (all_norms, setting_styles([f"rate {i}" for i in range(12)])):
         assert len({(style["color"], str(style["ls"])) for style in styles.values()}) == len(styles) >= 11

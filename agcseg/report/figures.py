@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from agcseg.figure1 import PANELS, Panel, Setting
 from agcseg.report.compare import Cells, Seeds, label
 from agcseg.report.read import NAMES, NORMS, SHORT, Run
-from agcseg.report.settings import Settings, by_error, common, epoch_of, held
+from agcseg.report.settings import Settings, by_error, epoch_of, held, shared
 from agcseg.report.statistics import t_interval
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
@@ -144,7 +144,7 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
     above, below = 4.1, 0.75 + (0.07 + 0.16 * lines) * len(order)
     fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    fig.suptitle(common(runs), x=0.02, ha="left", fontsize=9, color="0.35")
+    fig.suptitle(shared(runs), x=0.02, ha="left", fontsize=9, color="0.35")
     axes = fig.subplots(2, 2, height_ratios=(above, below))
     commonest = {round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0}
     measures = (("pixel_error", "validation pixel error, %", sorted(commonest)), ("val_loss", "validation loss", []))
@@ -184,7 +184,8 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
 def setting_styles(names: Sequence[str]) -> dict[str, dict]:
     """Colour and dashes of each setting: of a norm always the same, else by its place among the names."""
     norms = [SHORT.get(norm, norm) for norm in NORMS]
-    known = norms if {*names} <= {*norms} else names
+    of_norms = 2 * len({*names} & {*norms}) > len(names)
+    known = list(dict.fromkeys([*norms * of_norms, *names]))
     return {
         name: {"color": COLOURS[i % len(COLOURS)], "ls": LINESTYLES[i // len(COLOURS) % len(LINESTYLES)]}
         for i, name in enumerate(known)

@@ -22,7 +22,6 @@ from agcseg.report.settings import (
     INTERVALS,
     SETTINGS,
     Settings,
-    common,
     compared,
     costs_compared,
     differences_table,
@@ -31,6 +30,7 @@ from agcseg.report.settings import (
     lambda_starts,
     like,
     settings_table,
+    shared,
 )
 from agcseg.report.tables import EXPLAINED, panel_table, reached_table, summarise, table_text
 
@@ -111,7 +111,7 @@ def _content(
     reference: str,
 ) -> list[Block]:
     of_paper = "figure1.png" in pictures
-    titles = [common(runs)] if groups else {run.title: 0 for seeds in kept.values() for run in seeds.values()}
+    titles = [shared(runs)] if groups else {run.title: 0 for seeds in kept.values() for run in seeds.values()}
     states = Counter(run.state for run in runs)
     what = ", ".join(f"{number} {state}" for state, number in states.items())
     blocks: list[Block] = [("p", f"{len(runs)} runs: {what}. {'; '.join(titles)}.")]

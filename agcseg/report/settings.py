@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -56,10 +57,11 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
     """Runs by setting and seed, in the order of their names (of norms: the order of `NORMS`), and notes on twins.
 
     A setting is named by what differs between any of the runs, such as "instance", "background window" or
-    "momentum 0.9875, rate 0.0025".
+    "momentum 0.9875, rate 0.0025"; what is so in nearly all settings is said only where it is not so.
     """
     keys, groups, notes = varying(runs), {}, []
-    names = {run.name: _name(run.words, keys) for run in runs}
+    common = usual(runs)
+    names = {run.name: _name(run.words, keys, common) for run in runs}
     for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
         keep(groups.setdefault(names[run.name], {}), run, notes)
     return groups, notes
@@ -75,9 +77,24 @@ def varying(runs: list[Run]) -> list[str]:
     return [key for key in dict.fromkeys(key for run in runs for key in run.words) if differs(key)]
 
 
+def usual(runs: list[Run]) -> dict[str, str]:
+    """What is so in more than two thirds of the settings, though not in all: key of `describe` -> words."""
+    keys = varying(runs)
+    settings = {tuple(run.words.get(key) for key in keys) for run in runs}
+    columns = [[text for text in column if text is not None] for column in zip(*settings, strict=True)]
+    commonest = [Counter(column).most_common(1)[0] for column in columns]
+    return {
+        key: text
+        for key, (text, times), column in zip(keys, commonest, columns, strict=True)
+        if 3 * times > 2 * len(column)
+    }
+
+
 def reference_of(groups: Settings, name: str | None = None) -> str:
-    """The setting that the others are compared with: the one named, else the one with the fewest keys off the defaults
-    (AGC, no noise, ...), of several the one with most seeds.
+    """The setting that the others are compared with: the one named, or else the one nearest to the defaults.
+
+    That is the fewest keys off the defaults (AGC, no noise, ...) or off what is so in nearly all settings; of several
+    the one with most seeds.
 
     Raises:
         UserError: there is no setting of that name.
@@ -87,12 +104,13 @@ def reference_of(groups: Settings, name: str | None = None) -> str:
             if known.casefold() == name.casefold():
                 return known
         raise UserError(f"no setting is named {name!r}; choose from: {'; '.join(groups)}")
-    keys = varying([run for seeds in groups.values() for run in seeds.values()])
-    usual = describe(flat(asdict(Config())) | {"norm.options.mean_scale": 1.0, "norm.options.background": "map"})
+    runs = [run for seeds in groups.values() for run in seeds.values()]
+    keys, default = varying(runs), flat(asdict(Config())) | {"norm.options.mean_scale": 1.0}
+    default = describe(default | {"norm.options.background": "map"}) | usual(runs)
 
     def rank(known: str) -> tuple[int, int]:
         words = next(iter(groups[known].values())).words
-        return sum(words.get(key, usual.get(key)) != usual.get(key) for key in keys), -len(groups[known])
+        return sum(words.get(key, default.get(key)) != default.get(key) for key in keys), -len(groups[known])
 
     return min(groups, key=rank)
 
@@ -103,11 +121,12 @@ def like(runs: list[Run], reference: Run) -> list[Run]:
     return [pair[1] for pair in pairs if {*varying(pair)} <= {"norm", "minibatch", "rate"}]
 
 
-def common(runs: list[Run]) -> str:
-    """What all settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
+def shared(runs: list[Run]) -> str:
+    """What the settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
     keys, words = varying(runs), runs[0].words
-    shared = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
-    return "; ".join([*dict.fromkeys(run.title for run in runs), *[", ".join(shared)][: len(shared)]])
+    texts = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
+    texts += [f"{text} unless said" for text in usual(runs).values() if text not in UNSAID]
+    return "; ".join([*dict.fromkeys(run.title for run in runs), *[", ".join(texts)][: len(texts)]])
 
 
 def epoch_of(groups: Settings) -> int:
@@ -226,8 +245,8 @@ def lambda_memory(groups: Settings) -> float:
     return float(after / before)
 
 
-def _name(words: dict[str, str], keys: list[str]) -> str:
-    texts = [words[key] for key in keys if key in words]
+def _name(words: dict[str, str], keys: list[str], common: dict[str, str]) -> str:
+    texts = [text for key, text in words.items() if key in keys and text != common.get(key)]
     return ", ".join([text for text in texts if text not in UNSAID] or texts or [words["norm"]])
 
 

@@ -367,7 +367,7 @@ def _usual_limit(means: list[float]) -> float:
     if not means:
         return math.inf
     middle = np.median(means)
-    return float(middle + max(4 * (middle - min(means)), middle / 4))
+    return float(middle + max(3 * (middle - min(means)), middle / 4))
 
 
 def _draw_row_of_seeds(axis: Axes, row: int, values: list[float], limit: float, seeds: Seeds, colour: str) -> bool:

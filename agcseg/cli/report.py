@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 from agcseg.errors import UserError
-from agcseg.report import MARGIN, read_folder, summarise, table_text, write_report
+from agcseg.report import MARGIN, compared, read_folder, settings_table, summarise, table_text, write_report
 
 # To fit a terminal, these columns are dropped from the table where all runs agree in them, and said once above it.
 SAID_ONCE = ("network", "width", "data", "size", "seed", "commonest class")
@@ -26,8 +26,10 @@ written into FOLDER:
   report.csv       the table of runs for programs: errors are fractions, not %
   figure1.png      the eight panels of the paper's Figure 1, where FOLDER holds the paper's experiment: runs whose
                    configuration is named figure1, or most of its twelve settings
-  figure.png       else: validation pixel error and loss against the epoch, one column per normalisation
-  lambda.png       λ of every layer, at the end and over the epochs (where AGC runs have recorded it)
+  figure.png       else: validation pixel error and loss against the epoch: a column for BN and one for AGC, where the
+                   runs differ in nothing else but minibatch and rate; otherwise a curve per setting, over its seeds
+  lambda.png       λ of every layer, at the end and over the epochs (where AGC runs have recorded it); where settings
+                   differ in its start, at the start and at the end of each
   predictions.png  the first validation image as each run predicts it (where runs have stored predictions)
 
 exit code: 0 all is well, 1 some files are broken (the other runs are reported), 2 nothing to report or a wrong option
@@ -50,11 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         metavar="POINTS",
         help="pixel errors no further apart than this count as equal in the verdicts (default: %(default)g)",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="SETTING",
+        help='compare settings with this one, named as in the table of settings, such as "no GEMS" (default: the one'
+        " nearest to the program's defaults; given, settings are compared whatever the runs differ in)",
+    )
     arguments = parser.parse_args(argv)
     folder = arguments.folder
     try:
         runs, broken, notes = read_folder(folder)
-        paths, answers = write_report(folder, (runs, broken, notes), arguments.margin)
+        paths, answers = write_report(folder, (runs, broken, notes), arguments.margin, arguments.reference)
+        groups, reference, _ = compared(runs, arguments.reference)
     except (UserError, OSError) as error:
         print(f"agcseg-report: error: {error}", file=sys.stderr)
         return 2
@@ -67,15 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     once = [column for column in columns if column[0] in SAID_ONCE and len({*column[1:]} - {""}) < 2]
     print(", ".join(f"{column[0]} {max(column[1:])}" for column in once if max(column[1:])))
     print(f"all names end in {ending}\n" if ending else "")
-    widths = [max(map(len, column)) for column in columns]
-    for line in zip(*columns, strict=True):
-        cells = [
-            text.ljust(width) if column[0] in ("run", "norm", "state") else text.rjust(width)
-            for text, width, column in zip(line, widths, columns, strict=True)
-            if column not in once
-        ]
-        print("  ".join(cells).rstrip())
-    print()
+    _print_table([column for column in columns if column not in once], left=("run", "norm", "state"))
+    if groups:
+        _print_table([*zip(*settings_table(groups, reference), strict=True)], left=("setting",))
     for answer in answers:
         print(f"claim {answer.number}: {answer.claim}: {answer.answer}")
     print("\n" * bool(answers), end="")
@@ -87,6 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {path}")
     print(f"tensorboard --logdir {shlex.quote(folder)}")
     return 1 if broken else 0
+
+
+def _print_table(columns: list[tuple[str, ...]], left: tuple[str, ...]) -> None:
+    """With the columns of these headings flush left, the others right."""
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        cells = zip(line, widths, columns, strict=True)
+        texts = [text.ljust(width) if column[0] in left else text.rjust(width) for text, width, column in cells]
+        print("  ".join(texts).rstrip())
+    print()
 
 
 def _common_ending(names: list[str]) -> str:

@@ -4,9 +4,10 @@ Errors are fractions in [0, 1] in code and in report.csv, and % or points wherev
 
 from agcseg.report.claims import MARGIN, Verdict, verdicts
 from agcseg.report.compare import cells
-from agcseg.report.figures import figure, figure1, lambda_figure
+from agcseg.report.figures import figure, figure1, lambda_figure, lambda_starts_figure, settings_figure
 from agcseg.report.page import write_report
 from agcseg.report.read import Run, read_folder, read_runs
+from agcseg.report.settings import compared, differences_table, settings_table
 from agcseg.report.tables import summarise, table_text
 
 __all__ = [
@@ -14,11 +15,16 @@ __all__ = [
     "Run",
     "Verdict",
     "cells",
+    "compared",
+    "differences_table",
     "figure",
     "figure1",
     "lambda_figure",
+    "lambda_starts_figure",
     "read_folder",
     "read_runs",
+    "settings_figure",
+    "settings_table",
     "summarise",
     "table_text",
     "verdicts",

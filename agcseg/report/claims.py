@@ -15,7 +15,7 @@ import numpy as np
 from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
 from agcseg.report import measures
-from agcseg.report.compare import Cells, Estimate, Seeds, by_images, compare, label, relative
+from agcseg.report.compare import Cells, Estimate, Seeds, by_images, compare, label, relative, unlike
 from agcseg.report.read import NAMES, Run
 from agcseg.report.statistics import NOT_ENOUGH, bootstrap, combine, decide, spikes, t_interval
 
@@ -269,18 +269,8 @@ def _costs(cells: Cells, pairs: list[Condition]) -> list[Part]:
 
 def _unlike(agc: Seeds, bn: Seeds) -> str:
     """Why times and memory cannot be compared, or empty."""
-    runs = [*agc.values(), *bn.values()]
-    unknown = [run.name for run in runs if not run.device]
-    if unknown:
-        return f"needs the name of the device in result.json of {', '.join(unknown)}"
-    for what, values in {
-        "device": {run.device for run in runs},
-        **{key: {run.settings.get(key) for run in runs} for key in ("channels_last", "compile", "deterministic")},
-        "network.implementation": {run.settings.get("network.implementation") for run in agc.values()},
-    }.items():
-        if len(values) > 1:
-            return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
-    return "" if agc.keys() & bn.keys() else "needs runs with the same seed on both sides"
+    why = unlike([*agc.values(), *bn.values()])
+    return why or ("" if agc.keys() & bn.keys() else "needs runs with the same seed on both sides")
 
 
 def _ratio(agc: Seeds, bn: Seeds, measure: Callable[[Run], float]) -> Estimate | str:

@@ -13,15 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report.read import NAMES, Run
+from agcseg.report.read import FREE, NAMES, Run
 from agcseg.report.statistics import bootstrap, t_interval
 
 VARIED = {"norm.name", "minibatch", "lr.base", "lr.value", "seed"}
-# Where things lie, and how fast they go.
-FREE = {
-    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "images", "data.root",
-    "data.cache_dir", "network.implementation", "network.options.recompute",
-}  # fmt: skip
 
 Seeds = dict[int, Run]  # the runs of one setting
 Cells = dict[Setting, Seeds]
@@ -64,8 +59,32 @@ def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
             alike, notes_here = _alike([run for run in group if run.norm == norm], _norm_options)
             notes += notes_here
             for run in alike:
-                _keep(kept.setdefault(setting(run), {}), run, notes)
+                keep(kept.setdefault(setting(run), {}), run, notes)
     return kept, notes + _between_networks(kept)
+
+
+def keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
+    """Of two runs with the same settings and seed, the one that went further stays."""
+    other = seeds.setdefault(run.seed or 0, run)
+    if other is not run:
+        best, rest = sorted((other, run), key=lambda r: (r.state == "unfinished", -r.last_epoch))
+        seeds[run.seed or 0] = best
+        notes.append(f"not compared, since {best.name} has the same settings and seed: {rest.name}")
+
+
+def unlike(runs: list[Run]) -> str:
+    """Why times and memory of runs cannot be compared, or empty. AGC runs must have one implementation."""
+    unknown = [run.name for run in runs if not run.device]
+    if unknown:
+        return f"needs the name of the device in result.json of {', '.join(unknown)}"
+    for what, values in {
+        "device": {run.device for run in runs},
+        **{key: {run.settings.get(key) for run in runs} for key in ("channels_last", "compile", "deterministic")},
+        "network.implementation": {run.settings.get("network.implementation") for run in runs if run.norm == "agc"},
+    }.items():
+        if len(values) > 1:
+            return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
+    return ""
 
 
 def is_figure1(runs: list[Run], kept: Cells) -> bool:
@@ -161,15 +180,6 @@ def by_images(which: int, gap: Callable = difference) -> Callable:
         return low, high, f"one seed; over its {len(pairs)} validation images only, not over trainings"
 
     return resample
-
-
-def _keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
-    """Of two runs with the same settings and seed, the one that went further stays."""
-    other = seeds.setdefault(run.seed or 0, run)
-    if other is not run:
-        best, rest = sorted((other, run), key=lambda r: (r.state == "unfinished", -r.last_epoch))
-        seeds[run.seed or 0] = best
-        notes.append(f"not compared, since {best.name} has the same settings and seed: {rest.name}")
 
 
 def _alike(runs: list[Run], settings: Callable[[Run], dict]) -> tuple[list[Run], list[str]]:

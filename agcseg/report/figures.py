@@ -11,8 +11,10 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from agcseg.figure1 import PANELS, Panel, Setting
-from agcseg.report.compare import Cells, label
-from agcseg.report.read import NAMES, NORMS, Run
+from agcseg.report.compare import Cells, Seeds, label
+from agcseg.report.read import NAMES, NORMS, SHORT, Run
+from agcseg.report.settings import Settings, by_error, epoch_of, held, shared
+from agcseg.report.statistics import t_interval
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")
@@ -24,6 +26,7 @@ STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, 
 }  # fmt: skip
 SAME_SCALE = ("ab", "cd", "e", "f", "gh")  # panels that the paper compares; ClassNet's loss has one part more
 ROLES = {"encoder": "#0072B2", "lateral": "#009E73", "decoder": "#D55E00", "head": "#000000"}
+LABEL = 32  # letters in a line of a setting's name
 
 Curve = tuple[Run, np.ndarray]  # a run and its points (n, 2), finite ones only
 
@@ -91,7 +94,8 @@ def lambda_figure(runs: list[Run]) -> Figure:
     rows = fig.subfigures(len(runs), 1, squeeze=False, height_ratios=heights).flat
     for part, run in zip(rows, runs, strict=True):
         layers, last = run.layers, {key: values[-1] for key, values in run.layers.values.items()}
-        where = f"{run.title}: AGC, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
+        norm = NAMES.get(run.norm, run.norm)
+        where = f"{run.title}: {norm}, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
         part.suptitle(where, x=0.02, ha="left", fontsize=11, fontweight="bold")
         left, right = part.subplots(1, 2, sharey=True)
         depth = np.arange(len(layers.names))
@@ -120,6 +124,105 @@ def lambda_figure(runs: list[Run]) -> Figure:
         left.legend(
             handles=[Line2D([], [], color=ROLES[role], lw=3, label=role) for role in seen], fontsize=8, loc="best"
         )
+    return fig
+
+
+def settings_figure(groups: Settings, reference: str) -> Figure:
+    """Pixel error (%) and loss of each setting: against the epoch (above), and at the epoch of the tables (below).
+
+    A curve is the mean over the seeds; where there are few settings a band shows the smallest and the largest. Below,
+    a dot is a seed and a bar the mean, with its 95 % interval from three seeds on. The rows are the legend.
+
+    Args:
+        groups: of `agcseg.report.settings.by_setting`.
+        reference: the name of the setting that is drawn thicker.
+    """
+    epoch, styles = epoch_of(groups), setting_styles([*groups])
+    order = by_error(groups, epoch)
+    runs = [run for seeds in groups.values() for run in seeds.values()]
+    lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
+    above, below = 4.1, 0.75 + (0.07 + 0.16 * lines) * len(order)
+    fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    fig.suptitle(shared(runs), x=0.02, ha="left", fontsize=9, color="0.35")
+    axes = fig.subplots(2, 2, height_ratios=(above, below))
+    commonest = {round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0}
+    measures = (("pixel_error", "validation pixel error, %", sorted(commonest)), ("val_loss", "validation loss", []))
+    for (curves, rows), (metric, title, levels) in zip(axes.T, measures, strict=True):
+        drawn = [(run, points(run, metric)) for run in runs]
+        low, high = y_range(drawn, levels)
+        for level in levels:
+            curves.axhline(level, color="0.6", ls=":", lw=1)
+            if level < high:
+                at = {"xy": (0.995, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                curves.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
+        for name, seeds in groups.items():
+            width = 2.6 if name == reference else 1.5
+            _draw_setting(curves, [*seeds.values()], metric, high, {**styles[name], "lw": width}, len(groups) <= 4)
+        curves.set(xlim=(0.5, max(run.epochs for run in runs) + 0.5), ylim=(low, high), xlabel="epoch")
+        curves.set_title(title, loc="left", fontsize=10)
+        curves.annotate(_off(drawn, high), (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
+        curves.locator_params(axis="x", integer=True)
+        curves.grid(alpha=0.25)
+        values = {name: _values_at(groups[name], metric, epoch) for name in order}
+        limit = _usual_limit([np.mean(of) for of in values.values() if of])
+        texts = [
+            _draw_row_of_seeds(rows, row, values[name], limit, groups[name], styles[name]["color"])
+            for row, name in enumerate(order)
+        ]
+        left, right = rows.get_xlim()
+        rows.set_xlim(left, right + 0.35 * (right - left) * any(texts))  # room for the text
+        rows.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=[])
+        what = "seeds, mean, 95 % interval" if any(len(of) > 2 for of in values.values()) else "seeds and mean"
+        rows.set_title(f"epoch {epoch}: {what}", loc="left", fontsize=9)
+        rows.tick_params(axis="y", length=0)
+        rows.grid(alpha=0.25)
+    _label_rows(axes[1, 0], order, reference, styles)
+    return fig
+
+
+def setting_styles(names: Sequence[str]) -> dict[str, dict]:
+    """Colour and dashes of each setting: of a norm always the same, else by its place among the names."""
+    norms = [SHORT.get(norm, norm) for norm in NORMS]
+    of_norms = 2 * len({*names} & {*norms}) > len(names)
+    known = list(dict.fromkeys([*norms * of_norms, *names]))
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "ls": LINESTYLES[i // len(COLOURS) % len(LINESTYLES)]}
+        for i, name in enumerate(known)
+        if name in names
+    }
+
+
+def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
+    """Mean λ of each layer, in the order of execution, before training and at the end: does it remember its start?
+
+    A line is the mean over the seeds, a band their smallest and largest value; dotted: before training.
+
+    Args:
+        groups: of `agcseg.report.settings.lambda_starts`.
+        names: of all settings of the report, which decide the colours.
+    """
+    styles = setting_styles(names)
+    fig = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+    axis = fig.subplots()
+    layers = next(iter(next(iter(groups.values())).values())).layers
+    depth = np.arange(len(layers.names))
+    for name, seeds in groups.items():
+        runs = seeds.values()
+        means = np.array([run.layers.values["lambda_mean"][[0, -1]] for run in runs])  # (seeds, 2, layers)
+        colour = styles[name]["color"]
+        axis.plot(depth, means[:, 0].mean(0), color=colour, ls=":", lw=1.3)
+        lasts = "/".join(map(str, sorted({int(run.layers.epochs[-1]) for run in runs})))
+        text = f"{name}, epoch {lasts}" + f", {len(runs)} seeds" * (len(runs) > 1)
+        axis.plot(depth, means[:, 1].mean(0), color=colour, ls=styles[name]["ls"], marker=".", lw=1.7, label=text)
+        axis.fill_between(depth, means[:, 1].min(0), means[:, 1].max(0), color=colour, alpha=0.18, lw=0)
+    for change in [i for i in depth[1:] if layers.roles[i] != layers.roles[i - 1]]:
+        axis.axvline(change - 0.5, color="0.75", lw=1, zorder=0)
+    axis.plot([], [], color="0.3", ls=":", label="before training")
+    axis.set(xlim=(-0.5, len(depth) - 0.5), ylabel="mean λ of the layer")
+    axis.set_xticks(depth, layers.names, rotation=90, fontsize=8)
+    axis.grid(axis="y", alpha=0.25)
+    fig.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     return fig
 
 
@@ -244,7 +347,57 @@ def _caption(of: Setting, panel: Panel, seeds: list[Run]) -> str:
     return what + end + until + count + diverged * (len(held) < len(seeds))
 
 
-def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict) -> None:
+def _draw_setting(axis: Axes, runs: list[Run], metric: str, high: float, style: dict, band: bool) -> None:
+    _draw_mean(axis, [run for run in runs if run.state != "diverged"], metric, style, band)
+    for run in runs:
+        curve = points(run, metric)
+        if run.state == "diverged":
+            axis.plot(*curve.T, **style | {"lw": 0.9})
+        _mark_end(axis, run, curve, high, style["color"])
+
+
+def _values_at(seeds: Seeds, metric: str, epoch: int) -> list[float]:
+    """One for each seed that has a finite one; errors in %."""
+    scale = 100 if metric == "pixel_error" else 1
+    return [value for run in held(seeds, epoch).values() if math.isfinite(value := scale * run.at(metric, epoch))]
+
+
+def _usual_limit(means: list[float]) -> float:
+    """Beyond which a mean is written, not drawn: one setting that fails must not squash all others into a corner."""
+    if not means:
+        return math.inf
+    middle = np.median(means)
+    return float(middle + max(3 * (middle - min(means)), middle / 4))
+
+
+def _draw_row_of_seeds(axis: Axes, row: int, values: list[float], limit: float, seeds: Seeds, colour: str) -> bool:
+    """Draws a row; returns whether there is text at its right."""
+    states = [run.state for run in seeds.values()]
+    said = [f"{states.count('diverged')} of {len(states)} diverged \N{MULTIPLICATION SIGN}"] * ("diverged" in states)
+    said += ["unfinished"] * (not values and "unfinished" in states)
+    if values and np.mean(values) > limit:
+        said.append(f"{np.mean(values):.3g} \N{RIGHTWARDS ARROW}")
+    elif values:
+        axis.plot(values, [row] * len(values), "o", c=colour, ms=5, alpha=0.55, mew=0)
+        axis.plot([np.mean(values)], [row], "|", c=colour, ms=12, mew=2.2)
+        if len(values) > 2:
+            axis.hlines(row, *t_interval(values), colour, lw=1.2)
+    at = {"xy": (0.99, row), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+    axis.annotate(", ".join(said), **at, size=8.5, color=colour)
+    return bool(said)
+
+
+def _label_rows(axis: Axes, names: Sequence[str], reference: str, styles: dict[str, dict]) -> None:
+    """The names beside the rows, each with a piece of its curve."""
+    for row, name in enumerate(names):
+        at = axis.get_yaxis_transform()
+        width = 2.6 if name == reference else 1.7
+        axis.plot([-0.085, -0.02], [row, row], transform=at, clip_on=False, **styles[name] | {"lw": width})
+        weight = "bold" if name == reference else "normal"
+        axis.text(-0.1, row, fill(name, LABEL), transform=at, ha="right", va="center", fontsize=9.5, fontweight=weight)
+
+
+def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict, band: bool = True) -> None:
     curves = [curve for run in runs if len(curve := points(run, metric))]
     if not curves:
         return
@@ -252,8 +405,8 @@ def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict) -> None:
     values = np.full((len(curves), len(epochs)), np.nan)
     for row, curve in zip(values, curves, strict=True):
         row[np.searchsorted(epochs, curve[:, 0])] = curve[:, 1]
-    axis.plot(epochs, np.nanmean(values, 0), lw=1.6, marker="." if len(epochs) <= 15 else "", **style)
-    if len(curves) > 1:
+    axis.plot(epochs, np.nanmean(values, 0), marker="." if len(epochs) <= 15 else "", **{"lw": 1.6, **style})
+    if len(curves) > 1 and band:
         axis.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=style["color"], alpha=0.18, lw=0)
 
 

@@ -18,6 +18,17 @@ def mean_error(run: Run, epoch: int) -> float:
     return math.inf if run.state == "diverged" else 100 * float(np.mean(run.column("pixel_error")[:epoch]))
 
 
+def late_error(run: Run, epoch: int) -> float:
+    """Over the last three epochs, %; infinite for a diverged run."""
+    values = run.column("pixel_error")[max(0, epoch - 3) : epoch]
+    return math.inf if run.state == "diverged" else 100 * float(np.mean(values or math.nan))
+
+
+def final_miou(run: Run, epoch: int) -> float:
+    """%; nan for a diverged run."""
+    return math.nan if run.state == "diverged" else 100 * run.at("miou", epoch)
+
+
 def final_loss(run: Run, epoch: int) -> float:
     """Infinite for a diverged run."""
     return math.inf if run.state == "diverged" else run.at("val_loss", epoch) or math.nan

@@ -15,8 +15,23 @@ from PIL import Image
 from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS
 from agcseg.report.claims import MARGIN, Verdict, verdicts
 from agcseg.report.compare import Cells, cells, is_figure1
-from agcseg.report.figures import figure, figure1, lambda_figure, strip
+from agcseg.report.figures import figure, figure1, lambda_figure, lambda_starts_figure, settings_figure, strip
 from agcseg.report.read import Run, read_folder
+from agcseg.report.settings import (
+    DIFFERENCES,
+    INTERVALS,
+    SETTINGS,
+    Settings,
+    compared,
+    costs_compared,
+    differences_table,
+    epoch_of,
+    lambda_memory,
+    lambda_starts,
+    like,
+    settings_table,
+    shared,
+)
 from agcseg.report.tables import EXPLAINED, panel_table, reached_table, summarise, table_text
 
 HOW = """A verdict is "supported" if the whole 95 % interval lies where the claim puts it, "not supported" if all of it
@@ -25,6 +40,7 @@ depends on how a training goes: its interval covers the choice of validation ima
 brackets. A diverged run counts as infinitely bad. Time and memory are compared on the same device only, and say nothing
 if other programs shared it. A spike is a stretch of steps whose loss is above 3 times the median of the 100 steps
 before; its size is peak / median."""
+ALIKE = " Judged on the runs that differ from the reference in norm, minibatch and rate only."
 PAPER = "The paper: Cityscapes, 256x512, 150 epochs, SegNet and ClassNet at full width, one run each."
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:0 1rem;color:#222}
 img{max-width:100%;height:auto}div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
@@ -36,29 +52,35 @@ h1,h2,h3{line-height:1.25}"""
 Block = tuple
 
 
-def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tuple[list[Path], list[Verdict]]:
+def write_report(
+    folder: str | Path, found=None, margin: float = MARGIN, reference: str | None = None
+) -> tuple[list[Path], list[Verdict]]:
     """Writes report.html, report.md, report.csv and the pictures; see `agcseg-report --help`.
 
     Args:
         found: the answer of `read_folder`; broken pictures are added to its broken files, and to its notes why some of
             the runs are not compared.
         margin: see `agcseg.report.verdicts`.
+        reference: name of the setting that the others are compared with; see `agcseg.report.settings.compared`.
 
     Returns:
         the paths that were written, and the verdicts.
 
     Raises:
-        UserError: the folder holds nothing to report, or the margin is not positive.
+        UserError: the folder holds nothing to report, the margin is not positive, or there is no such reference.
     """
     folder, (runs, broken, notes) = Path(folder), found or read_folder(folder)
-    kept, apart = cells(runs)
-    notes += apart
-    of_paper = is_figure1(runs, kept)
+    groups, reference, twins = compared(runs, reference)
+    kept, apart = cells(like(runs, next(iter(groups[reference].values()))) if groups else runs)
+    notes += dict.fromkeys(twins + apart)
+    of_paper = not groups and is_figure1(runs, kept)
     answers = verdicts(kept, margin, of_paper)
-    paths = [_save(figure1(kept) if of_paper else figure(runs), folder / ("figure1.png" if of_paper else "figure.png"))]
-    shown = _with_lambda(kept)
-    if shown:
-        paths.append(_save(lambda_figure(shown), folder / "lambda.png"))
+    drawn = settings_figure(groups, reference) if groups else figure1(kept) if of_paper else figure(runs)
+    paths = [_save(drawn, folder / ("figure1.png" if of_paper else "figure.png"))]
+    shown, starts = _with_lambda(kept), lambda_starts(groups)
+    if starts or shown:
+        drawn = lambda_starts_figure(starts, [*groups]) if starts else lambda_figure(shown)
+        paths.append(_save(drawn, folder / "lambda.png"))
     strips = []
     for run in runs:
         try:
@@ -68,7 +90,8 @@ def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tupl
     if strips:
         paths.append(_replace(folder / "predictions.png", Image.fromarray(np.vstack(strips)).save))
     diverged = [f"{run.name} diverged: {run.reason}" for run in runs if run.reason]
-    blocks = _content(runs, kept, answers, {path.name: path for path in paths}, [*diverged, *broken, *notes])
+    pictures = {path.name: path for path in paths}
+    blocks = _content(runs, kept, answers, pictures, [*diverged, *broken, *notes], groups, reference)
     title, rows = folder.resolve().name, [summarise(run) for run in runs]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([rows[0], *map(dict.values, rows)])
@@ -78,26 +101,37 @@ def write_report(folder: str | Path, found=None, margin: float = MARGIN) -> tupl
     return paths, answers
 
 
-def _content(runs: list[Run], kept: Cells, answers: list[Verdict], pictures: dict[str, Path], notes: list[str]):
+def _content(
+    runs: list[Run],
+    kept: Cells,
+    answers: list[Verdict],
+    pictures: dict[str, Path],
+    notes: list[str],
+    groups: Settings,
+    reference: str,
+) -> list[Block]:
     of_paper = "figure1.png" in pictures
-    titles = dict.fromkeys(run.title for seeds in kept.values() for run in seeds.values())
+    titles = [shared(runs)] if groups else {run.title: 0 for seeds in kept.values() for run in seeds.values()}
     states = Counter(run.state for run in runs)
     what = ", ".join(f"{number} {state}" for state, number in states.items())
     blocks: list[Block] = [("p", f"{len(runs)} runs: {what}. {'; '.join(titles)}.")]
     if of_paper:
         there = sum(of in kept for of in RUNS)
         blocks.append(("p", f"{there} of the {len(RUNS)} settings of Figure 1 are there. {PAPER} {_same_data(kept)}"))
+    curves = ("img", pictures.get("figure.png"), "validation error and loss against the epoch")
+    if groups:
+        blocks += [("h2", "Settings"), *_settings(groups, reference), curves]
     if answers:
         blocks += [("h2", "The paper's claims"), ("table", [["", "claim", "verdict"]] + [
             [str(answer.number), answer.claim, answer.answer] for answer in answers])]  # fmt: skip
-        blocks.append(("p", HOW))
+        blocks.append(("p", HOW + ALIKE * bool(groups)))
         for answer in answers:
             blocks.append(("h3", f"{answer.number}. {answer.claim}: {answer.answer}"))
             blocks.append(("ul", [part.text for part in answer.parts]))
-    blocks.append(("h2", "Figure 1" if of_paper else "Curves"))
-    name = "figure1.png" if of_paper else "figure.png"
-    blocks.append(("img", pictures[name], "validation error and loss against the epoch"))
+    if not of_paper and not groups:
+        blocks += [("h2", "Curves"), curves]
     if of_paper:
+        blocks += [("h2", "Figure 1"), ("img", pictures["figure1.png"], curves[2])]
         captions = " ".join(f"({panel.letter}) {panel.caption}." for panel in PANELS)
         blocks += [("p", captions), ("h3", "Last values of the panels"), ("table", panel_table(kept))]
         text = "At the last epoch that all runs of a panel reached: mean and, in brackets, extremes over the seeds."
@@ -105,7 +139,14 @@ def _content(runs: list[Run], kept: Cells, answers: list[Verdict], pictures: dic
     reached = reached_table(kept)
     if len(reached) > 1:
         blocks += [("h2", "Epochs to the other's last error"), ("table", reached)]
-    if "lambda.png" in pictures:
+    starts = lambda_starts(groups)
+    if starts:
+        text = (
+            "Mean λ of each layer before training (dotted) and at the end. How far the settings lie apart at the end is"
+        )
+        text += f" {lambda_memory(starts):.0%} of how far they did at the start, on average over the layers."
+        blocks += [("h2", "λ"), ("img", pictures["lambda.png"], "mean λ of each layer at start and end"), ("p", text)]
+    elif "lambda.png" in pictures:
         blocks += [("h2", "λ"), ("img", pictures["lambda.png"], "λ against depth at the end, and over the epochs")]
     blocks += [("h2", "Runs"), ("table", table_text([summarise(run) for run in runs])), ("p", EXPLAINED)]
     if "predictions.png" in pictures:
@@ -116,6 +157,16 @@ def _content(runs: list[Run], kept: Cells, answers: list[Verdict], pictures: dic
     if notes:
         blocks += [("h2", "Notes"), ("ul", notes)]
     return blocks
+
+
+def _settings(groups: Settings, reference: str) -> list[Block]:
+    _, _, costs = costs_compared(groups)
+    return [
+        ("table", settings_table(groups, reference)),
+        ("p", f"{SETTINGS.format(epoch=epoch_of(groups))} {INTERVALS} {costs}"),
+        ("table", differences_table(groups, reference)),
+        ("p", DIFFERENCES.format(reference=reference)),
+    ]
 
 
 def _same_data(kept: Cells) -> str:

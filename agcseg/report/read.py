@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from agcseg.config import Config
+from agcseg.config import Config, momentum, rate
 from agcseg.errors import UserError
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
@@ -22,6 +23,12 @@ NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", 
          "frn": "Filter response norm.", "ws": "Weight standardisation"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC"}  # fmt: skip
+SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS"}
+# Settings that change nothing that is computed: where things lie, and how fast they go.
+FREE = {
+    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "images", "data.root",
+    "data.cache_dir", "network.implementation", "network.options.recompute",
+}  # fmt: skip
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
@@ -60,6 +67,7 @@ class Run:
     commonest_class_error: float
     rows: dict[str, list[float]]  # known column of metrics.csv -> one number per row, nan where the cell is empty
     settings: dict[str, Any] = field(default_factory=dict)  # the whole configuration, its keys with dots
+    words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
     processes: int = 1
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
@@ -131,6 +139,44 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     return answer
 
 
+def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
+    """What decides a run's outcome, seed apart, in words; several keys that are one thing, such as noise, are one.
+
+    The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
+    """
+    rest = {key: value for key, value in settings.items() if key not in FREE | {"seed"}}
+    rate_of = SimpleNamespace(lr=SimpleNamespace(base=rest.pop("lr.base"), value=rest.pop("lr.value")))
+    for key in ("minibatch", "momentum", "momentum_match"):
+        setattr(rate_of, key, rest.pop(key))
+    norm, network = rest.pop("norm.name"), rest.pop("network.name")
+    words = {"norm": SHORT.get(norm, norm)}
+    start, background, window, quantile = (
+        rest.pop(f"norm.options.{key}", None) for key in ("mean_scale", "background", "window", "quantile")
+    )
+    if start is not None:
+        words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
+    if background is not None:
+        extent = {"window": window, "trimmed": quantile}.get(background)
+        words[f"{norm}:background"] = f"background {background}" + f" {extent}" * (extent not in (None, 0.5))
+    words["network"] = SHORT.get(network, network)
+    words["width"] = f"width {rest.pop('network.width')}"
+    words["data"] = SHORT.get(rest["data.name"], rest.pop("data.name"))
+    words["size"] = "x".join(map(str, rest.pop("data.size")))
+    words["init"] = f"init {rest.pop('network.init')}"
+    words["minibatch"] = f"minibatch {rate_of.minibatch}"
+    words["momentum"], words["rate"] = f"momentum {momentum(rate_of):.6g}", f"rate {rate(rate_of):.4g}"
+    gain, shift = rest.pop("noise.gain"), rest.pop("noise.shift")
+    words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
+    mode, limit = rest.pop("gems.mode"), rest.pop("gems.limit")
+    words["gems"] = f"GEMS {mode}" + f" at most {limit:g}" * (limit != 10) if mode else "no GEMS"
+    words["processes"] = f"{processes} processes"
+    for key, value in rest.items():
+        owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")
+        word = key.rpartition(".")[2].replace("_", " ")
+        words[owner + key] = "no " * (not value) + word if isinstance(value, bool) else f"{word} {value}"
+    return words
+
+
 def _read_run(path: Path, broken: list[str]) -> Run:
     result = _read(path / "result.json", _result) or {"state": "unfinished"}
     rows = _read(path / "metrics.csv", _metrics) or {"epoch": []}
@@ -158,18 +204,21 @@ def _run(path: Path, result: dict, rows: dict, config) -> Run:
             raise ValueError(f"{key} is missing")
         return None if value is None else kind(value)
 
-    minibatch, rate, (height, width) = get("minibatch", int), get("lr.value", float, False), get("data.size", list)
-    if rate is None:
-        rate = get("lr.base", float) * minibatch * minibatch / (get("momentum_match", int, False) or minibatch)
+    minibatch, effective, size = get("minibatch", int), get("lr.value", float, False), get("data.size", list)
+    if effective is None:
+        effective = get("lr.base", float) * minibatch * minibatch / (get("momentum_match", int, False) or minibatch)
+    height, width = size
     commonest = result.get("commonest_class_error")
+    settings = flat(asdict(Config())) | flat(OmegaConf.to_container(config))  # a run may be older than a key
+    processes = int(result.get("processes") or 1)
     return Run(
         name=path.name, path=path, network=get("network.name", str), width=get("network.width", float, False),
         norm=get("norm.name", str), minibatch=minibatch, seed=get("seed", int, False), epochs=get("epochs", int),
-        rate=rate, data=get("data.name", str),
+        rate=effective, data=get("data.name", str),
         size=(int(height), int(width)), state=result["state"], reason=str(result.get("reason") or ""), rows=rows,
         commonest_class_error=math.nan if commonest is None else float(commonest),
-        settings=flat(asdict(Config())) | flat(OmegaConf.to_container(config)),  # a run may be older than a key
-        device=str(result.get("device") or ""), processes=int(result.get("processes") or 1),
+        settings=settings, words=describe(settings, processes), device=str(result.get("device") or ""),
+        processes=processes,
     )  # fmt: skip
 
 

@@ -1,0 +1,287 @@
+"""Settings compared over their seeds, on made-up runs of which the answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from fake_figure1 import make_figure1
+from fake_sweep import make_run, make_sweep
+
+from agcseg.cli.report import main
+from agcseg.errors import UserError
+from agcseg.figure1 import RUNS
+from agcseg.report import (
+    compared,
+    differences_table,
+    lambda_starts_figure,
+    read_folder,
+    read_runs,
+    settings_figure,
+    settings_table,
+)
+from agcseg.report.figures import setting_styles
+from agcseg.report.read import NORMS, SHORT
+from agcseg.report.settings import by_setting, costs_compared, lambda_memory, lambda_starts, reference_of
+from agcseg.report.statistics import t_interval
+
+GEMS = [{"gems.mode": mode} for mode in (None, "minibatch", "sample")]
+
+
+def table(folder, reference=None):
+    groups, reference, _ = compared(read_runs(folder), reference)
+    head, *rows = settings_table(groups, reference)
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def differences(folder, reference=None):
+    groups, reference, _ = compared(read_runs(folder), reference)
+    head, *rows = differences_table(groups, reference)
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "reference"),
+    [
+        (GEMS, ["GEMS minibatch", "GEMS sample", "no GEMS"], "no GEMS"),
+        (
+            [{"gems.mode": "map"}, {"gems.mode": "map", "gems.limit": 5.0}],
+            ["GEMS map", "GEMS map at most 5"],
+            "GEMS map",
+        ),
+        (
+            [{"noise.gain": gain, "noise.shift": shift} for gain in (0, 0.1) for shift in (0, 0.1)],
+            ["no noise", "noise gain 0 shift 0.1", "noise gain 0.1 shift 0", "noise gain 0.1 shift 0.1"],
+            "no noise",
+        ),
+        (
+            [{"minibatch": 1, "momentum_match": match} for match in (1, 8, 100)],
+            ["momentum 0.9, rate 0.02", "momentum 0.9875, rate 0.0025", "momentum 0.999, rate 0.0002"],
+            "momentum 0.9, rate 0.02",
+        ),
+        (
+            [{"norm.name": norm, "network.init": init} for norm in ("agc", "bn") for init in ("he", "identity")],
+            ["BN, init he", "BN, init identity", "AGC, init he", "AGC, init identity"],
+            "AGC, init he",
+        ),
+        (
+            [{"norm.options.mean_scale": start} for start in (0, 0.5, 1)],
+            ["λ from 0", "λ from 0.5", "λ from 1"],
+            "λ from 1",
+        ),
+        (
+            [{"norm.options.background": "map"}, {"norm.options.background": "window"}]
+            + [{"norm.options.background": "window", "norm.options.window": 9}],
+            ["background map", "background window", "background window 9"],
+            "background map",
+        ),
+        (  # a norm's own options are named only where they differ, and none's are compared with another's
+            [{}, {"norm.options.background": "median"}, {"norm.name": "bn", "norm.options": {"eps": 1e-5}}]
+            + [{"norm.name": "frn", "norm.options": {"eps": 1e-6}}, {"norm.name": "none"}]
+            + [{"norm.name": "center", "norm.options": {"mean_scale": scale}} for scale in (0.0, 1.0)],
+            ["BN", "AGC", "AGC, background median", "no norm", "center, λ 0", "center, λ 1", "FRN"],
+            "AGC",
+        ),
+        (  # what is usual is said only where it is not so
+            [{"norm.name": norm, "network.init": "he_centered"} for norm in ("bn", "agc", "none", "group")]
+            + [{"norm.name": "none", "network.init": "he"}],
+            ["BN", "AGC", "no norm", "no norm, init he", "group"],
+            "AGC",
+        ),
+        (  # an option stands with its norm, whichever run names it first
+            [{"norm.name": "bn", "network.init": "he"}]
+            + [{"norm.options.mean_scale": scale, "network.init": "identity"} for scale in (0, 0.5)],
+            ["BN, init he", "AGC, λ from 0, init identity", "AGC, λ from 0.5, init identity"],
+            "BN, init he",
+        ),
+        (
+            [{}, {"data.flip": True}, {"gems.mode": "map"}, {"epochs": 3}],
+            ["AGC", "GEMS map", "epochs 3", "flip"],
+            "AGC",
+        ),
+        ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
+    ],
+)  # fmt: skip
+def test_settings_are_named_by_what_differs(tmp_path, settings, names, reference):
+    make_sweep(tmp_path, settings, seeds=(1,), epochs=2)
+    groups, chosen, notes = compared(read_runs(tmp_path))
+    assert not notes and len(groups) == len(settings) and (names is None or [*groups] == names)
+    assert chosen == reference == reference_of(groups)
+    assert reference_of(groups, [*groups][-1].upper()) == [*groups][-1]
+
+
+def test_the_same_by_other_keys_is_one_setting(tmp_path):
+    same = [{"minibatch": 1}, {"minibatch": 1, "momentum_match": 1}, {"minibatch": 1, "lr.value": 0.02}]
+    make_sweep(tmp_path, [*same, {"minibatch": 1, "momentum_match": 8}], seeds=(1,), epochs=2)
+    groups, notes = by_setting(read_runs(tmp_path))
+    assert len(groups) == 2 and len(notes) == 2 and all("has the same settings and seed" in note for note in notes)
+
+
+def test_what_is_shown_otherwise_stays_so(tmp_path):
+    make_figure1(tmp_path / "figure1", seeds=(1, 2), epochs=2)
+    make_figure1(tmp_path / "pair", seeds=(1, 2), runs=RUNS[:7], epochs=2, name="pair")
+    for name in ("figure1", "pair"):
+        assert compared(read_runs(tmp_path / name)) == ({}, "", [])
+    groups, reference, _ = compared(read_runs(tmp_path / "pair"), "agc, minibatch 4, rate 0.08")
+    assert reference == "AGC, minibatch 4, rate 0.08" and len(groups) == len({*RUNS[:7]})
+
+
+def test_table_has_the_hand_computed_values(tmp_path):
+    errors = [[30, 31, 35], [40, 42], [20], [28, 29, None]]
+    make_sweep(
+        tmp_path, [*GEMS, {"gems.mode": "map"}], epochs=6,
+        error=lambda number, seed: (errors[number] + [errors[number][0]] * 3)[seed - 1],
+    )  # fmt: skip
+    for name in ("run01-seed3", "run02-seed2", "run02-seed3"):
+        for file in (tmp_path / name).iterdir():
+            file.unlink()
+        (tmp_path / name).rmdir()
+    rows = table(tmp_path)
+    assert [*rows] == ["GEMS sample", "GEMS map", "no GEMS (reference)", "GEMS minibatch"]  # the best first
+    low, high = t_interval([30, 31, 35])
+    assert rows["no GEMS (reference)"]["error, %"] == f"32.0 ± {(high - low) / 2:.1f}" == "32.0 ± 6.6"
+    assert rows["no GEMS (reference)"]["mIoU, %"] == "68.0 ± 6.6"
+    assert rows["no GEMS (reference)"]["loss"] == "0.640 ± 0.131"
+    assert rows["GEMS minibatch"]["error, %"] == "41.0 (40.0, 42.0)"  # two seeds: no interval
+    assert rows["GEMS sample"]["error, %"] == "20.0"
+    assert rows["GEMS map"]["error, %"] == "28.5 (28.0, 29.0)"  # the diverged one's 70 % is not in it
+    assert [row["n"] for row in rows.values()] == ["1", "2 (1 diverged)", "3", "2"]
+    (run,) = [run for run in read_runs(tmp_path) if run.name == "run02-seed1"]
+    values = 100 * np.array(run.column("pixel_error"))
+    assert rows["GEMS sample"]["last three, %"] == f"{values[-3:].mean():.1f}"
+    assert rows["GEMS sample"]["all epochs, %"] == f"{values.mean():.1f}"
+
+    pairs = differences(tmp_path)
+    low, high = t_interval([-2, -2, 0])
+    assert list(pairs) == ["GEMS sample", "GEMS map", "GEMS minibatch"]
+    assert pairs["GEMS minibatch"]["error, points"] == "+10.5 (+10.0, +11.0)"
+    assert pairs["GEMS map"]["error, points"] == "-2.0 (-2.0, -2.0)" and pairs["GEMS map"]["n"] == "2 (1 diverged)"
+    assert pairs["GEMS sample"]["error, points"] == "-10.0" and pairs["GEMS sample"]["loss"] == "-0.200"
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    make_sweep(tmp_path, GEMS, epochs=3, error=lambda number, seed: 20 + 10 * seed + 0.5 * number)
+    assert table(tmp_path)["no GEMS (reference)"]["error, %"] == "40.0 ± 24.8"
+    assert differences(tmp_path)["GEMS sample"]["error, points"] == "+1.0 ± 0.0"
+    assert differences(tmp_path, "gems sample")["no GEMS"]["error, points"] == "-1.0 ± 0.0"
+    with pytest.raises(
+        UserError, match="no setting is named 'gmes'; choose from: GEMS minibatch; GEMS sample; no GEMS"
+    ):
+        table(tmp_path, "gmes")
+
+
+def test_a_diverged_and_an_unfinished_setting_have_no_values(tmp_path):
+    make_sweep(tmp_path, GEMS[:2], epochs=6, seeds=(1, 2), error=lambda number, seed: None if number else 30)
+    make_run(tmp_path / "late", GEMS[2], 1, 6, 30, reached=3)
+    rows = table(tmp_path)
+    assert [row["n"] for row in rows.values()] == ["2", "0 (2 diverged)", "0 (1 unfinished)"]
+    assert all(row["error, %"] == row["loss"] == "" for row in [*rows.values()][1:])
+    assert differences(tmp_path)["GEMS minibatch"]["n"] == "0 (2 diverged)"
+
+
+def test_speed_and_memory_are_compared_where_they_can_be(tmp_path):
+    make_sweep(tmp_path / "a", GEMS[:2], epochs=6, seeds=(1, 2))
+    assert {"img/s", "MiB"} <= table(tmp_path / "a")["no GEMS (reference)"].keys()
+    file = tmp_path / "a" / "run00-seed2" / "metrics.csv"
+    file.write_text(file.read_text().replace(",100.0,", ",60.0,"))  # as if something else ran beside it
+    row = table(tmp_path / "a")["no GEMS (reference)"]
+    assert "img/s" not in row and row["MiB"] == "500"
+    assert "varied by 50%" in costs_compared(by_setting(read_runs(tmp_path / "a"))[0])[2]
+    make_run(tmp_path / "a" / "elsewhere", GEMS[2], 1, 6, 30, device="Another GPU")
+    assert not {"img/s", "MiB"} & table(tmp_path / "a")["no GEMS (reference)"].keys()
+    assert "differ in device" in costs_compared(by_setting(read_runs(tmp_path / "a"))[0])[2]
+
+
+def test_colours_stay_with_their_settings():
+    names = [SHORT.get(norm, norm) for norm in NORMS]
+    all_norms = setting_styles(names)
+    more = setting_styles(["BN", "layer", "no norm, init he"])
+    assert more["BN"] == all_norms["BN"] and more["no norm, init he"] not in all_norms.values()
+    assert setting_styles(["BN", "layer"]) == {name: all_norms[name] for name in ("BN", "layer")}
+    for styles in (all_norms, setting_styles([f"rate {i}" for i in range(12)])):
+        assert len({(style["color"], str(style["ls"])) for style in styles.values()}) == len(styles) >= 11
+
+
+def test_figure_of_settings(tmp_path):
+    make_sweep(
+        tmp_path, [*GEMS, {"gems.mode": "map"}], epochs=6,
+        error=lambda number, seed: None if (number, seed) == (1, 2) else (30, 31, 32, 90)[number] + seed,
+    )  # fmt: skip
+    runs = read_runs(tmp_path)
+    groups, reference, _ = compared(runs)
+    fig = settings_figure(groups, reference)
+    fig.draw_without_rendering()
+    top, other, rows, _ = fig.axes
+    texts = [text.get_text() for text in rows.texts]
+    assert texts[-4:] == ["no GEMS", "GEMS minibatch", "GEMS sample", "GEMS map"]  # by the final error
+    assert "1 of 3 diverged ×" in texts and "92 →" in texts  # far off: written, so that the others have room
+    assert rows.get_xlim()[1] < 60 and not any(
+        "gems.mode" in text.get_text() for axis in fig.axes for text in axis.texts
+    )
+    assert top.get_legend() is None and other.get_legend() is None and not fig.legends
+    styles = setting_styles([*groups])
+    (plain,) = [line for line in top.lines if line.get_linewidth() == 2.6]  # the reference is thicker
+    assert plain.get_color() == styles["no GEMS"]["color"]
+    both = [100 * np.array(run.column("pixel_error")) for run in groups["no GEMS"].values()]
+    assert plain.get_ydata() == pytest.approx(np.mean(both, 0))
+    crosses = [line for line in top.lines if line.get_marker() == "x"]
+    assert [(line.get_xdata()[0], line.get_color()) for line in crosses] == [(3, styles["GEMS minibatch"]["color"])]
+
+
+def test_lambda_at_its_start_and_at_its_end(tmp_path):
+    make_sweep(
+        tmp_path, [{"norm.options.mean_scale": start} for start in (0, 0.5, 1)], seeds=(1, 2), epochs=4,
+        lambdas=lambda start, level: 0.25 * start + level / 8, layer_columns=("common_mode", "dead", "lambda_above_1"),
+    )  # fmt: skip
+    runs, broken, _ = read_folder(tmp_path)
+    groups, _, _ = compared(runs)
+    starts = lambda_starts(groups)
+    assert not broken and [*starts] == ["λ from 0", "λ from 0.5", "λ from 1"]
+    assert lambda_memory(starts) == pytest.approx(0.25)
+    (axis,) = lambda_starts_figure(starts, [*groups]).axes
+    before = [line for line in axis.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+    after = [line for line in axis.lines if line.get_marker() == "."]
+    assert [line.get_ydata().mean() for line in before] == pytest.approx([0, 0.5, 1])
+    levels = np.array([*range(5), *range(5)[::-1]])
+    for line, start in zip(after, (0, 0.5, 1), strict=True):
+        assert line.get_ydata() == pytest.approx(0.25 * start + levels / 8, abs=0.05)
+        assert line.get_label() == f"λ from {start:g}, epoch 4, 2 seeds"
+    assert [text.get_text() for text in axis.get_xticklabels()][:2] == ["encoder.0.0", "encoder.1.0"]
+    assert lambda_starts({name: groups[name] for name in ("λ from 0",)}) == {}
+
+
+def test_program_compares_settings(tmp_path, capsys):
+    settings = [*GEMS[:2], {"norm.name": "bn"}]
+    make_sweep(tmp_path, settings, seeds=(1, 2), epochs=6, error=lambda number, seed: 30 + number + seed)
+    assert main([str(tmp_path), "--reference", "AGC, GEMS minibatch"]) == 0
+    out = capsys.readouterr().out
+    text = (tmp_path / "report.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "figure.png", "report.csv", "report.html", "report.md",
+    ]  # fmt: skip
+    assert "| AGC, GEMS minibatch (reference) | 2 | 32.5 (32.0, 33.0) |" in text
+    assert "| setting − AGC, GEMS minibatch | n |" in text and "| BN | 2 | +1.0 (+1.0, +1.0) |" in text
+    assert any(line.split()[:5] == ["AGC", "2", "31.5", "(31.0,", "32.0)"] for line in out.splitlines())
+    assert "claim 1" not in out and "not compared" not in out  # BN has no GEMS, as the reference has
+    assert text.index("## Settings") < text.index("![validation error and loss") < text.index("## Runs")
+    before = (tmp_path / "report.md").read_bytes()
+    assert main([str(tmp_path)]) == 0 and "claim 1: AGC equals" in capsys.readouterr().out
+    assert "| AGC (reference) |" in (tmp_path / "report.md").read_text()
+    (tmp_path / "report.md").write_bytes(before)
+    assert main([str(tmp_path), "--reference", "agc, gmes"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("agcseg-report: error: no setting is named 'agc, gmes'; choose from: BN; AGC; ")
+    assert (tmp_path / "report.md").read_bytes() == before
+
+
+def test_a_configuration_that_makes_no_sense_is_named(tmp_path):
+    make_sweep(tmp_path, GEMS[:2], seeds=(1,), epochs=2)
+    make_run(tmp_path / "odd", {"noise.gain": "much"}, 1, 2, 30)
+    runs, (line,), _ = read_folder(tmp_path)
+    assert len(runs) == 2 and line.startswith(f"{tmp_path / 'odd' / 'config.yaml'}: ")
+
+
+def test_nothing_measured(tmp_path):
+    make_sweep(tmp_path, GEMS, seeds=(1,), epochs=6, error=lambda number, seed: None)
+    assert all(row["error, %"] == "" for row in table(tmp_path).values())
+    groups, reference, _ = compared(read_runs(tmp_path))
+    assert math.isfinite(settings_figure(groups, reference).axes[0].get_ylim()[1])

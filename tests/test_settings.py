@@ -1,6 +1,7 @@
 """Settings compared over their seeds, on made-up runs of which the answer is known."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -97,6 +98,11 @@ def differences(folder, reference=None):
             [{}, {"data.flip": True}, {"gems.mode": "map"}, {"epochs": 3}],
             ["AGC", "GEMS map", "epochs 3", "flip"],
             "AGC",
+        ),
+        (
+            [{}, {"init_from": "outputs/a/b/last.pt"}, {"init_from": "outputs/a/c"}],
+            ["from b", "from c", "from scratch"],
+            "from scratch",
         ),
         ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
     ],
@@ -225,6 +231,15 @@ def test_figure_of_settings(tmp_path):
     assert plain.get_ydata() == pytest.approx(np.mean(both, 0))
     crosses = [line for line in top.lines if line.get_marker() == "x"]
     assert [(line.get_xdata()[0], line.get_color()) for line in crosses] == [(3, styles["GEMS minibatch"]["color"])]
+
+
+def test_figure_of_settings_worse_than_the_commonest_class(tmp_path):
+    """What is off the scale has no text, which would take the room of the axes."""
+    make_sweep(tmp_path, GEMS, epochs=1, error=lambda number, seed: 90 + number + 0.1 * seed)
+    groups, reference, _ = compared(read_runs(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings_figure(groups, reference).draw_without_rendering()
 
 
 def test_lambda_at_its_start_and_at_its_end(tmp_path):

@@ -27,6 +27,7 @@ STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, 
 SAME_SCALE = ("ab", "cd", "e", "f", "gh")  # panels that the paper compares; ClassNet's loss has one part more
 ROLES = {"encoder": "#0072B2", "lateral": "#009E73", "decoder": "#D55E00", "head": "#000000"}
 LABEL = 32  # letters in a line of a setting's name
+TITLE = 150  # letters in a line of what settings share
 
 Curve = tuple[Run, np.ndarray]  # a run and its points (n, 2), finite ones only
 
@@ -144,7 +145,7 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
     above, below = 4.1, 0.75 + (0.07 + 0.16 * lines) * len(order)
     fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    fig.suptitle(shared(runs), x=0.02, ha="left", fontsize=9, color="0.35")
+    fig.suptitle(fill(shared(runs), TITLE), x=0.02, ha="left", fontsize=9, color="0.35")
     axes = fig.subplots(2, 2, height_ratios=(above, below))
     commonest = {round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0}
     measures = (("pixel_error", "validation pixel error, %", sorted(commonest)), ("val_loss", "validation loss", []))
@@ -153,7 +154,7 @@ def settings_figure(groups: Settings, reference: str) -> Figure:
         low, high = y_range(drawn, levels)
         for level in levels:
             curves.axhline(level, color="0.6", ls=":", lw=1)
-            if level < high:
+            if low < level < high:  # a text elsewhere would take the room of the axes
                 at = {"xy": (0.995, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
                 curves.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
         for name, seeds in groups.items():

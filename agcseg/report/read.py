@@ -169,6 +169,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
     mode, limit = rest.pop("gems.mode"), rest.pop("gems.limit")
     words["gems"] = f"GEMS {mode}" + f" at most {limit:g}" * (limit != 10) if mode else "no GEMS"
+    weights = rest.pop("init_from", None)
+    words["init_from"] = f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch"
     words["processes"] = f"{processes} processes"
     for key, value in rest.items():
         owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")

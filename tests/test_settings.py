@@ -75,6 +75,17 @@ def differences(folder, reference=None):
             ["background map", "background window", "background window 9"],
             "background map",
         ),
+        (  # a run that is older than an option has its default; one that another background has no use for is not said
+            [{"norm.options.background": "window"}]
+            + [{"norm.options": {"background": "median", "median_gradient": flag}} for flag in (False, True)],
+            ["background median", "background median with gradient", "background window"],
+            "background median",
+        ),
+        (
+            [{"gems.mode": "sample"}, {"gems.mode": "sample", "gems.ema": 0.9, "gems.gate": "grad"}],
+            ["GEMS sample", "GEMS sample ema 0.9 gate grad"],
+            "GEMS sample",
+        ),
         (  # a norm's own options are named only where they differ, and none's are compared with another's
             [{}, {"norm.options.background": "median"}, {"norm.name": "bn", "norm.options": {"eps": 1e-5}}]
             + [{"norm.name": "frn", "norm.options": {"eps": 1e-6}}, {"norm.name": "none"}]

@@ -150,13 +150,16 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
         setattr(rate_of, key, rest.pop(key))
     norm, network = rest.pop("norm.name"), rest.pop("network.name")
     words = {"norm": SHORT.get(norm, norm)}
-    start, background, window, quantile = (
-        rest.pop(f"norm.options.{key}", None) for key in ("mean_scale", "background", "window", "quantile")
+    start, background, window, quantile, gradient = (
+        rest.pop(f"norm.options.{key}", None)
+        for key in ("mean_scale", "background", "window", "quantile", "median_gradient")
     )
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
     if background is not None:
-        extent = {"window": window, "trimmed": quantile}.get(background)
+        extent = {"window": window, "trimmed": quantile, "median": "with gradient" if gradient else None}.get(
+            background
+        )
         words[f"{norm}:background"] = f"background {background}" + f" {extent}" * (extent not in (None, 0.5))
     words["network"] = SHORT.get(network, network)
     words["width"] = f"width {rest.pop('network.width')}"
@@ -167,8 +170,9 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["momentum"], words["rate"] = f"momentum {momentum(rate_of):.6g}", f"rate {rate(rate_of):.4g}"
     gain, shift = rest.pop("noise.gain"), rest.pop("noise.shift")
     words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
-    mode, limit = rest.pop("gems.mode"), rest.pop("gems.limit")
-    words["gems"] = f"GEMS {mode}" + f" at most {limit:g}" * (limit != 10) if mode else "no GEMS"
+    mode, limit, ema, gate = (rest.pop(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
+    details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
+    words["gems"] = f"GEMS {mode}{details}" if mode else "no GEMS"
     weights = rest.pop("init_from", None)
     words["init_from"] = f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch"
     words["processes"] = f"{processes} processes"

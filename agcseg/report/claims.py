@@ -282,6 +282,8 @@ def _ratio(agc: Seeds, bn: Seeds, measure: Callable[[Run], float]) -> Estimate |
         return "needs images_per_second and peak_memory_mib in metrics.csv"
     epochs = min(len(measures.speeds(run)) for pair in pairs for run in pair)
     weak = f"fewer than {FEWEST_EPOCHS} epochs were timed" if epochs < FEWEST_EPOCHS else ""
+    if measure is measures.speed and not weak:
+        weak = measures.unsteady([ours for ours, _ in pairs]) or measures.unsteady([theirs for _, theirs in pairs])
     if len(ratios) > 1:
         return Estimate(float(np.mean(ratios)), *t_interval(ratios), f"{len(ratios)} seeds, paired", weak)
     if measure is measures.memory:

@@ -1,11 +1,14 @@
 """What is measured of one run: each a number per run, infinite for failure, nan for what was not recorded."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from agcseg.report.read import Layers, Run
 from agcseg.report.statistics import FACTOR, spikes
+
+STEADY = 0.1
 
 
 def final_error(run: Run, epoch: int) -> float:
@@ -111,6 +114,16 @@ def speeds(run: Run) -> np.ndarray:
     values = np.array(run.column("images_per_second"))
     values = values[1:] if len(values) > 1 else values
     return values[np.isfinite(values) & (values > 0)]
+
+
+def unsteady(runs: Iterable[Run]) -> str:
+    """What makes the speed of runs of one setting say little: that it varied; empty if it did not.
+
+    By no more than `STEADY` in the middle 80 % of their epochs; else other programs used the device too.
+    """
+    values = np.concatenate([np.empty(0), *(speeds(run) for run in runs)])
+    span = np.ptp(np.percentile(values, (10, 90))) / np.median(values) if len(values) else 0.0
+    return f"it varied by {span:.0%} within one setting, as if other programs ran too" if span > STEADY else ""
 
 
 def speed(run: Run) -> float:

@@ -28,7 +28,6 @@ MEASURES = (  # heading, measure, decimals
     ("mIoU, %", measures.final_miou, 1),
     ("loss", measures.final_loss, 3),
 )
-STEADY = 0.1  # the middle 80 % of a setting's epochs differ in speed by no more than this
 INTERVALS = """From three seeds on, ± is the 95 % interval of the mean (Student's t; not corrected for the number of
 comparisons). Two seeds allow no useful interval: both values are in brackets. One seed says nothing about how trainings
 vary."""
@@ -208,11 +207,9 @@ def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
     why = unlike([run for runs in seeds for run in runs]) if any(seeds) else "no run has finished"
     if why:
         return False, False, f"Speed and memory are not compared: {why}."
-    speeds = [np.concatenate([measures.speeds(run) for run in runs]) for runs in seeds if runs]
-    spans = [np.ptp(np.percentile(of, (10, 90))) / np.median(of) for of in speeds if len(of)]
-    if not spans or max(spans) > STEADY:
-        varied = f": it varied by {max(spans):.0%} within one setting, as if other programs ran too" if spans else ""
-        return False, True, f"MiB: peak memory. Speed is not compared{varied}."
+    varied = [why for runs in seeds if (why := measures.unsteady(runs))]
+    if varied or not any(len(measures.speeds(run)) for runs in seeds for run in runs):
+        return False, True, f"MiB: peak memory. Speed is not compared{f': {varied[0]}' if varied else ''}."
     return True, True, "img/s: median; MiB: peak memory."
 
 

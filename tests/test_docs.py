@@ -234,6 +234,9 @@ class Page:
         agcseg.cli.data.main()
 
     def agcseg_report(self, arguments: list[str]) -> None:
+        if "--reference" in arguments:  # one of the settings that are only composed here
+            i = arguments.index("--reference")
+            arguments = arguments[:i] + arguments[i + 2 :]
         assert agcseg.cli.report.main(arguments) == 0
 
     def agcseg_eval(self, arguments: list[str]) -> None:

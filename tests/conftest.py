@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import agcseg.nn.fast  # noqa: E402
 from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig  # noqa: E402
 from agcseg.data.streets import make_streets  # noqa: E402
 
@@ -40,3 +41,9 @@ def _log_level():
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """The fast AGC unit as large maps have it; as small maps on a CPU where a test asks for "small"."""
+    monkeypatch.setattr(agcseg.nn.fast, "SMALL", {"large": 0, "small": 2**30}[getattr(request, "param", "large")])

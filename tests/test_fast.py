@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import agcseg.nn.fast
 from agcseg import build
 from agcseg.losses import segmentation_loss
-from agcseg.nn import NORMS, ConvUnit, agc, agc_unit, max_pool2d, max_unpool2d
+from agcseg.nn import NORMS, ConvUnit, agc, agc_relu, agc_unit, max_pool2d, max_unpool2d
 from agcseg.nn.fast import Geometry
 from agcseg.nn.pooling import flat_indices, window_offsets
 
@@ -27,6 +28,9 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
 
+
+both_forms = pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+pytestmark = pytest.mark.usefixtures("form")
 
 CASES = {
     "plain": {},
@@ -90,6 +94,7 @@ def gradients(units, run, inputs, leaves):
     return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
 
 
+@both_forms
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_formula(case):
     fast, literal, run, inputs = make(**CASES[case])
@@ -139,6 +144,7 @@ def test_frozen_parameters(case):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@both_forms
 def test_without_gradients():
     fast, literal, run, inputs = make(pool=True)
     expected = run(literal, inputs)
@@ -149,6 +155,7 @@ def test_without_gradients():
         torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
 
 
+@both_forms
 def test_checkpoint():
     fast, _, run, inputs = make(unpool=True, pool=True)
     leaves = [*fast.parameters(), *inputs]
@@ -208,6 +215,7 @@ def test_pooling_breaks_ties_as_torch_does(memory_format):
     assert torch.equal(flat_indices(offsets), indices)
 
 
+@both_forms
 def test_unpooling_takes_both_notations():
     values, indices = max_pool2d(torch.randn(2, 3, 6, 8))
     values.requires_grad_()
@@ -231,6 +239,7 @@ def test_unpooling_takes_both_notations():
 # --- precision ---
 
 
+@both_forms
 def test_bfloat16_autocast():
     units, _, run, inputs = make(n=2, size=(32, 32), unpool=True, widths=(16,))
     units, inputs = units.float(), [inputs[0].detach().float().requires_grad_()]
@@ -255,6 +264,7 @@ def test_bfloat16_autocast():
         assert fast < 1.5 * literal + 0.002
 
 
+@both_forms
 def test_half_precision_is_reduced_in_float32():
     # 4096 positions of 1 + 1/128: a bfloat16 sum would stop growing long before the end
     maps = torch.full((1, 1, 64, 64), 1 + 1 / 128, dtype=torch.bfloat16)
@@ -277,6 +287,7 @@ def images_and_labels(n=2):
     return torch.randn(n, 3, 64, 96, generator=generator), labels
 
 
+@both_forms
 @pytest.mark.parametrize("recompute", [False, True])
 def test_segnet_fast_equals_literal(recompute):
     torch.manual_seed(0)
@@ -357,6 +368,7 @@ def test_two_replicas_equal_one_minibatch(tmp_path):
     mp.spawn(_replica, (str(tmp_path),), nprocs=2)
 
 
+@both_forms
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -379,6 +391,18 @@ def test_other_geometries(geometry):
         results.append((output, *torch.autograd.grad(output, (x, filters, *vectors), torch.randn_like(output))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_small_maps_take_torchs_own_operations(monkeypatch):
+    unit, maps = ConvUnit(2, 4), torch.zeros(3, 2, 6, 8)
+    monkeypatch.setattr(agcseg.nn.fast, "SMALL", 3 * 4 * 6 * 8)
+    assert "_Unit" not in str(unit(maps).grad_fn)
+    assert "_Unit" not in str(unit(maps[:, :, ::2, ::2], unpool=torch.zeros(3, 2, 3, 4, dtype=torch.uint8)).grad_fn)
+    assert "_AGCReLU" not in str(agc_relu(torch.zeros(3, 4, 6, 8), *unit.agc_parameters[1:]).grad_fn)
+    monkeypatch.setattr(agcseg.nn.fast, "SMALL", 3 * 4 * 6 * 8 - 1)
+    assert "_Unit" in str(unit(maps).grad_fn)
+    assert "_Unit" in str(unit(maps[:, :, ::2, ::2], unpool=torch.zeros(3, 2, 3, 4, dtype=torch.uint8)).grad_fn)
+    assert "_AGCReLU" in str(agc_relu(torch.zeros(3, 4, 6, 8), *unit.agc_parameters[1:]).grad_fn)
 
 
 def test_other_geometries_stand_alone():

@@ -14,7 +14,8 @@ ReLU is off, and keeps one more full map per convolution.
 unpooling in front of it is a function of the pooled-size map and those bytes, so backward rebuilds the unpooled map; a
 cheap unit in front (`stem`) is rebuilt in the same way.
 
-Where the convolution is not at hand, `agc_relu` does the same for AGC and ReLU alone.
+Where the convolution is not at hand, `agc_relu` does the same for AGC and ReLU alone. Outputs of no more than SMALL
+numbers get the formula itself, on a CPU: there the calls cost more time than the memory is worth.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d, agc
-from agcseg.nn.pooling import flat_indices, window_offsets
+from agcseg.nn.pooling import flat_indices, max_pool2d, max_unpool2d, window_offsets
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -41,6 +42,7 @@ class Geometry(NamedTuple):
 
 PLAIN = Geometry()
 CACHED = 2**18  # numbers that stay in a processor's cache
+SMALL = 2**17  # numbers of an output, up to which a CPU spends more time on calls than memory is worth
 
 
 def agc_unit(
@@ -73,8 +75,9 @@ def agc_unit(
         geometry: of the convolution; other than the default only for one plain input, without pooling and stem.
 
     Returns:
-        (N, K, H, W); with `pool` the maxima (N, K, H/2, W/2) and the winners, uint8 of the same shape: which cell of
-        its window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower.
+        (N, K, H, W); with `pool` the maxima (N, K, H/2, W/2) and the winners, of the same shape: which cell of its
+        window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower, uint8; of small maps torch's
+        own indices. Either serves as `unpool`.
     """
     inputs = (input,) if isinstance(input, Tensor) else tuple(input)
     plain = len(inputs) == 1 and unpool is None and stem is None and not pool
@@ -90,6 +93,8 @@ def agc_unit(
         raise ValueError("unpooling takes one input, and no stem behind it")
     if pool and (inputs[0].shape[2] % 2 or inputs[0].shape[3] % 2) and unpool is None:
         raise ValueError(f"2x2 pooling takes even heights and widths; got {tuple(inputs[0].shape[2:])}")
+    if _is_small(inputs[0], len(filters), 1 if unpool is None else 4):
+        return _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry)
     if unpool is not None and unpool.dtype != torch.uint8:
         unpool = window_offsets(unpool, 2 * inputs[0].shape[3])
     device = inputs[0].device.type
@@ -97,6 +102,27 @@ def agc_unit(
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
     return _Unit.apply(geometry, pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
+
+
+def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
+    """Whether the formula in torch's own operations is faster: by the output's size, `positions` times that of `maps`.
+
+    On a GPU nothing was measured, and a compiler saves the calls by itself.
+    """
+    if maps.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return len(maps) * num_features * maps.shape[2:].numel() * positions <= SMALL
+
+
+def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry):
+    """`agc_unit` in torch's own operations: keeps more, of maps that are small."""
+    maps = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+    if unpool is not None:
+        maps = max_unpool2d(maps, unpool)
+    if stem is not None:
+        maps = agc_relu(F.conv2d(maps, stem[0].to(maps.dtype), None, *_same(stem[0])), *stem[1:])
+    maps = agc_relu(F.conv2d(maps, filters.to(maps.dtype), None, *geometry), weight, bias, mean_scale)
+    return max_pool2d(maps) if pool else maps
 
 
 class _Unit(torch.autograd.Function):
@@ -352,8 +378,8 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     Returns:
         (N, C, H, W) in the dtype of `input`. There is no second derivative.
     """
-    if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
-        return F.relu(agc(input, weight, bias, mean_scale))
+    if torch.compiler.is_compiling() or _is_small(input, len(weight)):  # a compiler decides by itself what to keep
+        return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
     return _AGCReLU.apply(input, weight, bias, mean_scale)
 
 

@@ -1,8 +1,9 @@
 """Every command and every Python snippet of README.md and docs/*.md, in small.
 
-Commands are the indented blocks (or ```bash), snippets are ```python, and what they print is ```text. A page runs from
-top to bottom in a folder of its own, on tiny data and networks of few stages. Sweeps, and what needs several devices,
-are composed and checked instead. What nothing here knows how to run or check fails, with file and line.
+Commands are the indented blocks (or ```bash), snippets are ```python, and what they print is ```text, compared but for
+its numbers. A page runs from top to bottom in a folder of its own, on tiny data and networks of few stages. Sweeps, and
+what needs several devices, are composed and checked instead. What nothing here knows how to run or check fails, with
+file and line.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ FORMULAS = ("O = (I∗W",)  # indented, and no command
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, "command" or "python", and text of each command and snippet of a page."""
+    """Line number, "command", "python" or "text", and text of each command, snippet and output of a page."""
     lines, i = page.read_text().splitlines(), 0
     while i < len(lines):
         start, line = i, lines[i]
@@ -66,6 +67,8 @@ def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
                 assert not hidden, (
                     f"{page.name}:{start + 1}: no output but a command, which belongs into ```bash: {hidden}"
                 )
+                if language == "text":
+                    yield start + 2, "text", "\n".join(inside)
         elif line.startswith("    ") and (start == 0 or not lines[start - 1].strip()):
             while i + 1 < len(lines) and lines[i + 1].startswith("    "):
                 i += 1
@@ -179,6 +182,7 @@ class Page:
 
     def __init__(self, setting: Path, known: set[Path]) -> None:
         self.setting, self.known, self.names = setting, known, {}
+        self.left_out = False  # a command, for want of an optional package: what it prints is not known
 
     def command(self, command: str) -> None:
         program, *arguments = words(command.replace("/data/", f"{self.setting}/data/"))
@@ -249,6 +253,8 @@ class Page:
         _, keys = parse_run("agcseg-export", agcseg.cli.export.KEYS, "", "", arguments)
         if keys["format"] == "torch" or all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
             assert agcseg.cli.export.main(arguments) == 0
+        else:
+            self.left_out = True
 
     def agcseg_bench(self, arguments: list[str]) -> None:
         size = "128x128" if "classnet" in arguments else "32x64"
@@ -303,20 +309,34 @@ class Page:
             self.command(call)
 
 
+def without_numbers(line: str) -> str:
+    line = re.sub(r"\d+(\.\d+)?(e-\d+)?", "0", line)
+    line = re.sub(r"\b0 (min|h) left", "0 s left", line)
+    return " ".join(line.split())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page(page, setting, known, tmp_path, monkeypatch):
+def test_page(page, setting, known, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     Path("film").mkdir()
     shutil.copy(setting / "photo.jpg", "photo.jpg")
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save("film/1.png")
-    this, problems = Page(setting, known), []
+    this, problems, printed = Page(setting, known), [], io.StringIO()
     for line, kind, text in blocks(page):
         if text.startswith(FORMULAS):
             continue
+        if kind == "text":
+            lines = {without_numbers(line) for line in [*printed.getvalue().splitlines(), *caplog.messages]}
+            problems += [
+                f"{page.name}:{number}: nothing prints {shown}"
+                for number, shown in enumerate(text.splitlines(), line)
+                if not this.left_out and shown.strip() != "..." and without_numbers(shown) not in lines
+            ]
+            continue
         said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
                 this.command(text) if kind == "command" else this.python_block(text)
         except (Exception, SystemExit) as error:
             if not (isinstance(error, SystemExit) and not error.code):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_evaluation_at_training_size_is_the_runs(runs, streets, name, capsys):
     assert low <= figures["pixel_error"] <= high and low < high
     with Image.open(runs / name / "eval-streets-val-training.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_evaluation_of_another_folder_replaces_nothing(runs, streets, tmp_path):
+    other = tmp_path / "other-streets"
+    other.symlink_to(streets)
+    for arguments in ([], [f"data.root={streets}"], [f"data.root={other}"]):  # a link is the same folder
+        assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'same'}", *arguments) == 0
+    assert len(list((tmp_path / "same").glob("*"))) == 2
+    other.unlink()
+    shutil.copytree(streets, other)
+    assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'same'}", f"data.root={other}") == 0
+    figures = json.loads((tmp_path / "same/eval-streets-other-streets-val-training.json").read_text())
+    assert figures["root"] == str(other) and len(list((tmp_path / "same").glob("*"))) == 4
 
 
 def test_evaluation_at_full_resolution(runs, streets):

@@ -54,6 +54,7 @@ keys:
 written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
+DATA is the data set's name; of another folder than the run's, with that folder's name.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure hangs on the choice of images, not how it varies from
 one training to the next.
@@ -75,15 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         device = find_device(keys["device"])
         trained = agcseg.load(run)
         trained.network.to(device)
-        layout = LAYOUTS[keys["data"] or trained.config.data.name]
-        samples = _samples(trained, keys)
+        data, root, known_as = _data(trained, keys)
+        layout, samples = LAYOUTS[data.name], _samples(data, root, keys)
         full = keys["resolution"] == "full"
         figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
-        what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "split": keys["split"]}
-        size = {"resolution": keys["resolution"], "training_size": list(trained.config.data.size)}
+        what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
+        what |= {"split": keys["split"], "resolution": keys["resolution"]}
+        size = {"training_size": list(trained.config.data.size)}
         base = Path(keys["output"] or trained.path.parent).expanduser()
         base.mkdir(parents=True, exist_ok=True)
-        base /= f"eval-{layout.name}-{keys['split']}-{keys['resolution']}"
+        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}"
         picture = io.BytesIO()
         title = (
             f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "
@@ -102,18 +104,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _samples(trained: Trained, keys: dict) -> list[Sample]:
-    """The images to be evaluated: of the run's own data set those that the run used."""
-    data, split, root = trained.config.data, keys["split"], keys["data.root"]
-    if keys["data"] not in (None, data.name):
-        data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=data.cache_dir)
-    root = root or data.root
+def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Path, str]:
+    """Data set, its folder, and what files call it."""
+    own = data = trained.config.data
+    if keys["data"] not in (None, own.name):
+        data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=own.cache_dir)
+    root = keys["data.root"] or data.root
     if root is None and data.name == "streets":
         streets = data.streets
         root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed)
     if root is None:
         raise UserError(f"data={data.name}: give its folder with data.root=")
-    samples = list_samples(LAYOUTS[data.name], Path(root).expanduser(), split)
+    root = Path(root).expanduser().resolve()
+    same = data is own and own.root and Path(own.root).expanduser().resolve() == root
+    if not keys["data.root"] or same or root.name.lower() == data.name:
+        return data, root, data.name
+    return data, root, f"{data.name}-{root.name}"
+
+
+def _samples(data: DataConfig, root: Path, keys: dict) -> list[Sample]:
+    """The images to be evaluated: of the run's own data set those that the run used."""
+    split = keys["split"]
+    samples = list_samples(LAYOUTS[data.name], root, split)
     wanted = keys["images"] or {"train": data.train_images, "val": data.val_images}.get(split)
     if keys["images"] and keys["images"] > len(samples):
         raise UserError(f"images={keys['images']}: there are {len(samples)} {split} images")

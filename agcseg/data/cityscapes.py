@@ -6,7 +6,7 @@ from agcseg.data.labels import CITYSCAPES
 from agcseg.data.layout import Layout, Sample
 
 TREE = """\
-{root}/leftImg8bit/train/CITY/CITY_000000_000019_leftImg8bit.png        2975 images, and 500 under val
+{root}/leftImg8bit/train/CITY/CITY_000000_000019_leftImg8bit.png        {images}
 {root}/gtFine/train/CITY/CITY_000000_000019_gtFine_labelIds.png         their label ids
 {root}/gtFine/train/CITY/CITY_000000_000019_gtFine_instanceIds.png      their instances"""
 IMAGES = "leftImg8bit_trainvaltest.zip"
@@ -49,7 +49,7 @@ LAYOUT = Layout(
     title="Cityscapes",
     classes=CITYSCAPES,
     scan=scan,
-    tree=TREE,
+    tree=TREE.replace("{images}", "2975 images, and 500 under val"),
     source=f"{IMAGES} and {LABELS} from www.cityscapes-dataset.com, after registration",
     expected={"train": 2975, "val": 500},
     image_size=(1024, 2048),
@@ -57,6 +57,7 @@ LAYOUT = Layout(
 STREETS = LAYOUT._replace(
     name="streets",
     title="the built-in streets",
+    tree=TREE.replace("{images}", "images, and more under val"),
     source="agcseg-data data=streets makes them",
     expected=None,
     image_size=None,

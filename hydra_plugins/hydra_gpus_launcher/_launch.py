@@ -138,6 +138,8 @@ def _shower(jobs: list[Job]):
         if not job and now < next_draw and not over:
             return
         width, height = shutil.get_terminal_size()
+        if not (width and height):  # a terminal that does not know; Python 3.10 says so, later ones say 80, 24
+            width, height = 80, 24
         said = [event_line(job)] if job and job.state == "failed" else []
         lines = [] if over else live_lines(jobs, width, height, now)
         up = f"\033[{drawn}F" if drawn else ""

@@ -127,6 +127,7 @@ class Unused(Around):
     [
         (Around(lambda self, maps: F.dropout(maps, 0.5, self.training)), "not the same in training and evaluation"),
         (Around(lambda self, maps: maps + torch.ones(1)), "or makes tensors of its own"),
+        (Around(lambda self, maps: vars(self).update(seen=maps) or maps), "its forward stores something, as seen"),
         (Around(empty_assertion), "AssertionError"),
         (Optional(), "its forward has optional arguments"),
         (Unused(), "does not use auxiliary.bias"),
@@ -140,7 +141,7 @@ def test_what_a_trace_would_change_is_not_traced(model, reason):
     assert conversion.model is model and conversion.fused == [] and reason in conversion.left["norm"]
     assert model.state_dict().keys() == keys | {"norm.mean_scale"}
     assert model.training and model.norm.training and not model.relu.training
-    assert not any("tensor_constant" in name for name in vars(model))
+    assert not any("tensor_constant" in name or name == "seen" for name in vars(model))
     output = model.eval()(x := torch.randn(2, 3, 8, 8))
     assert isinstance(output, torch.Tensor) and torch.equal(output, model(x))
 

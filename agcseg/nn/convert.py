@@ -36,7 +36,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
     is then a `GraphModule` with the parameters and the state_dict keys of `model`. A network that cannot be traced
     keeps its own class and forward, with AGC2d in it. So does one that its trace would change: whose forward differs
     between training and evaluation (beyond what layers of torch.nn do), has optional arguments, makes tensors of its
-    own or leaves parameters unused, or that has hooks on more than single layers.
+    own, stores something in the network or leaves parameters unused, or that has hooks on more than single layers.
 
     AGC does not divide by a standard deviation: a network trained with batch normalisation has to be trained on. On a
     map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β: give such layers a smaller λ.
@@ -96,12 +96,20 @@ def _trace(model: nn.Module) -> fx.Graph:
     states = {module: dict(vars(module)) for module in model.modules()}
     try:
         training, evaluation = (_Tracer().trace(model.train(mode)) for mode in (True, False))
+        stored = [
+            name
+            for module, state in states.items()
+            for name, value in vars(module).items()
+            if name != "training" and value is not state.get(name, states)
+        ]
     finally:  # the modes, and what the forward may have left
         for module, state in states.items():
             vars(module).clear()
             vars(module).update(state)
     if str(training) != str(evaluation):
         raise ValueError("its forward is not the same in training and evaluation, or makes tensors of its own")
+    if stored:
+        raise ValueError(f"its forward stores something, as {stored[0]}")
     return training
 
 

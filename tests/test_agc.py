@@ -72,6 +72,19 @@ def test_with_relu_in_half_precision(form):
     torch.testing.assert_close(output.float(), torch.relu(AGC2d(3)(x.float())), rtol=0.01, atol=0.01)
 
 
+def test_gain_gradient_in_half_precision(form):
+    """β of an output swallows the digits of a small γ's share, of which dγ cannot be made then."""
+    z, back = (torch.randn(2, 4, 16, 16).bfloat16() for _ in range(2))
+    values = [torch.tensor([1.0, 0.1, 0.01, 0.002]), torch.full((4,), 1.001), torch.full((4,), 0.8)]
+    gradients = []
+    for operation, dtype in ((agc_relu, torch.float32), (lambda *inputs: torch.relu(agc(*inputs)), torch.float64)):
+        gain, *others = (value.to(dtype, copy=True).requires_grad_() for value in values)
+        maps = z if dtype == torch.float32 else z.double()
+        operation(maps, gain, *others).backward(back.to(maps.dtype))
+        gradients.append(gain.grad)
+    torch.testing.assert_close(*gradients, rtol=0.01, atol=0.5, check_dtype=False)
+
+
 def test_gradcheck():
     inputs = (torch.randn(2, 3, 4, 5, dtype=torch.float64), *parameters(3))
     assert torch.autograd.gradcheck(agc, [p.clone().requires_grad_() for p in inputs])
@@ -127,6 +140,20 @@ def test_wrong_shapes_are_refused():
         AGC2d(4)(torch.zeros(4, 6))
     with pytest.raises(ValueError, match="made for 4 channels; the input is"):
         AGC2d(4)(torch.zeros(1, 5, 6, 6))
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_wrong_shapes_are_refused_with_relu(form):
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\); got \(4, 6, 6\)"):
+        AGCReLU2d(4)(torch.zeros(4, 6, 6))
+    with pytest.raises(ValueError, match="made for 4 channels; the input is"):
+        AGCReLU2d(4)(torch.zeros(2, 1, 6, 6))  # would broadcast
+
+
+def test_meta_device():
+    maps = torch.empty(2, 3, 64, 64, device="meta")
+    assert AGCReLU2d(3, device="meta")(maps).shape == maps.shape
+    assert ConvUnit(3, 4).to("meta")(maps).shape == (2, 4, 64, 64)
 
 
 def test_import_loads_torch_and_nothing_else():

@@ -111,7 +111,7 @@ def test_fast_is_literal(projection):
         torch.testing.assert_close(fast, literal, rtol=1e-7, atol=1e-11)
 
 
-def test_no_concatenation_is_kept():
+def test_no_concatenation_is_kept(form):
     kept = {
         variant: kept_for_backward(Step(Case("classnet", variant, 1, "fp32", (128, 256), 0.25)))
         for variant in ("agc", "agc-literal", "bn")

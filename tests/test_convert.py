@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from agcseg import AGC2d, convert_batchnorm
 
@@ -89,6 +90,114 @@ def test_a_network_that_cannot_be_traced_is_converted_all_the_same():
     assert conversion.model is model and isinstance(model.bn1, AGC2d) and conversion.fused == []
     assert conversion.left["bn1"].startswith("not fused: the network cannot be traced (")
     model(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+class Around(nn.Module):
+    """A sequence that can be fused, and what a forward may do around it."""
+
+    def __init__(self, forward=None):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        self.behind = forward or (lambda self, maps: maps)
+
+    def forward(self, x):
+        return self.behind(self, self.relu(self.norm(self.conv(x))))
+
+
+def empty_assertion(self, maps):
+    if not isinstance(maps, torch.Tensor):
+        raise AssertionError
+    return maps
+
+
+class Optional(Around):
+    def forward(self, x, both=None):
+        maps = super().forward(x)
+        return maps if both is None else (maps, maps)
+
+
+class Unused(Around):
+    def __init__(self):
+        super().__init__()
+        self.auxiliary = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Around(lambda self, maps: F.dropout(maps, 0.5, self.training)), "not the same in training and evaluation"),
+        (Around(lambda self, maps: maps + torch.ones(1)), "or makes tensors of its own"),
+        (Around(lambda self, maps: vars(self).update(seen=maps) or maps), "its forward stores something, as seen"),
+        (Around(empty_assertion), "AssertionError"),
+        (Optional(), "its forward has optional arguments"),
+        (Unused(), "does not use auxiliary.bias"),
+    ],
+)
+def test_what_a_trace_would_change_is_not_traced(model, reason):
+    model.train()
+    model.relu.eval()
+    keys = {name for name in model.state_dict() if "running" not in name and "num_batches" not in name}
+    conversion = convert_batchnorm(model)
+    assert conversion.model is model and conversion.fused == [] and reason in conversion.left["norm"]
+    assert model.state_dict().keys() == keys | {"norm.mean_scale"}
+    assert model.training and model.norm.training and not model.relu.training
+    assert not any("tensor_constant" in name or name == "seen" for name in vars(model))
+    output = model.eval()(x := torch.randn(2, 3, 8, 8))
+    assert isinstance(output, torch.Tensor) and torch.equal(output, model(x))
+
+
+def test_hooks_go_on_running():
+    """Of the layers themselves, of one that contains them, and of pruning."""
+    calls = []
+    for hooked in ("conv", "norm", "relu", ""):
+        inner = Around()
+        inner.get_submodule(hooked).register_forward_hook(lambda *_, hooked=hooked: calls.append(hooked))
+        conversion = convert_batchnorm(nn.Sequential(inner))
+        assert conversion.fused == [] and list(conversion.left) == ["0.norm"]
+        conversion.model(torch.randn(2, 3, 8, 8))
+    assert calls == ["conv", "norm", "relu", ""]
+    model = Around()
+    prune.l1_unstructured(model.conv, "weight", 0.5)
+    conversion = convert_batchnorm(model)
+    assert conversion.left == {"norm": "fused with its ReLU only: its convolution has hooks"}
+    for _ in range(2):  # the second time with filters that were made afresh
+        conversion.model(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+def test_layers_called_by_keyword():
+    class Keywords(Around):
+        def forward(self, x):
+            return self.relu(self.norm(input=self.conv(input=x)))
+
+    conversion = convert_batchnorm(Keywords())
+    assert conversion.fused == ["norm"]
+    conversion.model(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+def test_a_layer_with_two_names_and_norms_of_other_kinds():
+    class FrozenBatchNorm2d(nn.Module):  # as torchvision has it
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(4))
+
+    model = nn.ModuleDict({"first": nn.BatchNorm2d(4), "frozen": FrozenBatchNorm2d(), "instance": nn.InstanceNorm1d(4)})
+    model["again"] = model["first"]
+    conversion = convert_batchnorm(model, fuse=False)
+    assert conversion.replaced == ["first"] and model["again"] is model["first"] and type(model["again"]) is AGC2d
+    assert conversion.left == {"frozen": "stays: FrozenBatchNorm2d is not BatchNorm2d"}
+    assert convert_batchnorm(nn.BatchNorm2d(4)).left == {"": "stays: it is the whole network; use AGC2d"}
+
+
+def test_what_is_frozen_and_in_evaluation_stays_so():
+    model = nn.Sequential(Around(), Around(), nn.Dropout())
+    model[1] = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    model[0].requires_grad_(False)
+    model.train()[2].eval()
+    conversion = convert_batchnorm(model)
+    assert conversion.fused == ["0.norm", "1.1"]
+    assert not conversion.model.get_parameter("0.norm.mean_scale").requires_grad
+    assert conversion.model.get_parameter("1.1.mean_scale").requires_grad
+    assert conversion.model.training and not conversion.model.get_submodule("2").training
 
 
 def test_norm_without_affine_and_modes():

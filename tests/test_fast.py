@@ -197,6 +197,15 @@ def test_wrong_shapes_are_refused():
         unit(torch.zeros(1, 3, 5, 4), pool=True)
     with pytest.raises(ValueError, match="implementation"):
         ConvUnit(3, 4, implementation="quick")
+    with pytest.raises(ValueError, match=r"4 filters take γ, β and λ of as many; got \[1, 4, 4\]"):
+        agc_unit(torch.zeros(1, 3, 4, 4), unit.conv.weight, torch.ones(1), torch.zeros(4), torch.ones(4))
+
+
+def test_an_empty_minibatch(monkeypatch):
+    monkeypatch.setattr(agcseg.nn.fast, "SMALL", -1)
+    fast, _, run, inputs = make(unpool=True, size=(256, 256), n=0)
+    output, *found = gradients(fast, run, inputs, [*fast.parameters(), *inputs])
+    assert output.shape == (0, 5, 256, 256) and not any(gradient.any() for gradient in found)
 
 
 # --- pooling ---

@@ -56,6 +56,21 @@ def test_networks_of_any_norm_are_left_as_they_were(norm):
     assert all(unit.implementation == "fast" and not unit.norm._forward_hooks for unit in units)
 
 
+def test_parts_in_evaluation_and_parts_for_training_only():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unit, self.auxiliary, self.frozen = ConvUnit(3, 4), ConvUnit(3, 4), nn.BatchNorm2d(3).eval()
+
+        def forward(self, images):
+            maps = self.frozen(images)
+            return (self.unit(maps), self.auxiliary(maps)) if self.training else self.unit(maps)
+
+    network = Network()
+    assert list(layer_signals(network, torch.randn(1, 3, 8, 8))) == ["unit"]
+    assert network.training and network.unit.training and not network.frozen.training
+
+
 def test_classnet():
     figures = layer_signals(agcseg.build("classnet", width=0.05), torch.randn(1, 3, 128, 256))
     assert len(figures) == 54

@@ -24,13 +24,17 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
     Raises:
         ValueError: `input` is not 4-dimensional, or its channels are not those of the parameters.
     """
+    _check(input, weight)
+    mean = input.mean((2, 3), keepdim=True, dtype=_statistics_dtype(input))
+    weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (weight, bias, mean_scale))
+    return ((input - mean_scale * mean) * weight + bias).to(input.dtype)
+
+
+def _check(input: Tensor, weight: Tensor) -> None:
     if input.dim() != 4:
         raise ValueError(f"agc takes maps of shape (N, C, H, W); got {tuple(input.shape)}")
     if input.shape[1] != weight.numel():
         raise ValueError(f"agc was made for {weight.numel()} channels; the input is {tuple(input.shape)}")
-    mean = input.mean((2, 3), keepdim=True, dtype=_statistics_dtype(input))
-    weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (weight, bias, mean_scale))
-    return ((input - mean_scale * mean) * weight + bias).to(input.dtype)
 
 
 def _statistics_dtype(maps: Tensor) -> torch.dtype:

@@ -1,5 +1,6 @@
 """AGC instead of batch normalisation in a network that somebody else wrote."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -31,45 +32,93 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
 
     Where convolution, batch normalisation and ReLU follow each other and nothing else reads what is between them, the
     three become one step of autograd (`agcseg.nn.fast`) that keeps no map but what its neighbours keep anyway; where
-    only the ReLU is at hand, those two do. That needs a symbolic trace of the network (`torch.fx`, in its present mode:
-    call `model.train()` or `.eval()` first if its forward asks): `Conversion.model` is then a `GraphModule` with the
-    parameters and the state_dict keys of `model`. A network that cannot be traced keeps its own class and forward, with
-    AGC2d in it.
+    only the ReLU is at hand, those two do. That needs a symbolic trace of the network (`torch.fx`): `Conversion.model`
+    is then a `GraphModule` with the parameters and the state_dict keys of `model`. A network that cannot be traced
+    keeps its own class and forward, with AGC2d in it. So does one that its trace would change: whose forward differs
+    between training and evaluation (beyond what layers of torch.nn do), has optional arguments, makes tensors of its
+    own, stores something in the network or leaves parameters unused, or that has hooks on more than single layers.
 
     AGC does not divide by a standard deviation: a network trained with batch normalisation has to be trained on. On a
     map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β: give such layers a smaller λ.
 
     Args:
         model: any network. Its layers are replaced.
-        mean_scale: initial λ.
+        mean_scale: initial λ, not trained where the scale is frozen.
         fuse: fuse where possible; False only replaces the layers.
 
     Returns:
         the converted network, with lists of what was and what was not done.
     """
-    replaced, left = [], {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.InstanceNorm2d) or not isinstance(module, nn.modules.batchnorm._NormBase):
+    replaced, left, layers = [], {}, {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
+        if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):
             continue
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and name:
-            model.set_submodule(name, _agc_of(module, mean_scale))
+        reason = _why_stays(name, module)
+        if reason:
+            left[name] = reason
+            continue
+        if module not in layers:
+            layers[module] = _agc_of(module, mean_scale)
             replaced.append(name)
-        else:
-            left[name] = f"stays: {type(module).__name__} is not BatchNorm2d"
-    if not fuse:
+        model.set_submodule(name, layers[module])
+    if not fuse or not replaced:
         return Conversion(model, replaced, [], left)
     try:
-        graph = _Tracer().trace(model)
+        traced, apart = _fuse(model, _trace(model), replaced)
     except Exception as error:  # whatever a forward that cannot be traced raises
-        reason = f"not fused: the network cannot be traced ({str(error).splitlines()[0]})"
+        reason = f"not fused: the network cannot be traced ({(str(error) or type(error).__name__).splitlines()[0]})"
         return Conversion(model, replaced, [], left | dict.fromkeys(replaced, reason))
-    traced, apart = _fuse(model, graph, set(replaced))
     return Conversion(traced, replaced, [name for name in replaced if name not in apart], left | apart)
+
+
+def _why_stays(name: str, norm: nn.Module) -> str | None:
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return f"stays: {type(norm).__name__} is not BatchNorm2d"
+    if not name:
+        return "stays: it is the whole network; use AGC2d"
+    return "stays: it has hooks" if _has_hooks(norm) else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward: pruning, the old weight norm, whatever users hang on."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    """What the forward does, in training as in evaluation; raises where it is not known for every call."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    if any(a.default is not a.empty or a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
+        raise ValueError("its forward has optional arguments")
+    if _has_hooks(model):
+        raise ValueError("it has hooks")
+    states = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        training, evaluation = (_Tracer().trace(model.train(mode)) for mode in (True, False))
+        stored = [
+            name
+            for module, state in states.items()
+            for name, value in vars(module).items()
+            if name != "training" and value is not state.get(name, states)
+        ]
+    finally:  # the modes, and what the forward may have left
+        for module, state in states.items():
+            vars(module).clear()
+            vars(module).update(state)
+    if str(training) != str(evaluation):
+        raise ValueError("its forward is not the same in training and evaluation, or makes tensors of its own")
+    if stored:
+        raise ValueError(f"its forward stores something, as {stored[0]}")
+    return training
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, AGC2d) or super().is_leaf_module(module, name)
+        leaf = isinstance(module, AGC2d) or super().is_leaf_module(module, name)
+        if not leaf and _has_hooks(module):
+            raise ValueError(f"{name} has hooks")
+        return leaf
 
 
 class _Unit(AGC2d):
@@ -87,6 +136,7 @@ def _agc_of(norm: nn.Module, mean_scale: float) -> AGC2d:
     agc = AGC2d(norm.num_features, mean_scale, **options).train(norm.training)
     if norm.affine:
         agc.weight, agc.bias = norm.weight, norm.bias
+        agc.mean_scale.requires_grad_(norm.weight.requires_grad)
     return agc
 
 
@@ -97,14 +147,15 @@ def _as(kind: type[AGC2d], agc: AGC2d) -> AGC2d:
     return other
 
 
-def _fuse(model: nn.Module, graph: fx.Graph, names: set[str]) -> tuple[fx.GraphModule, dict[str, str]]:
+def _fuse(model: nn.Module, graph: fx.Graph, names: list[str]) -> tuple[fx.GraphModule, dict[str, str]]:
     """A module that runs `graph` with ReLU, and where possible the convolution, taken into each AGC of `names`."""
-    modules, layers, convolutions, apart = dict(model.named_modules()), {}, {}, {}
+    modules, layers, convolutions = dict(model.named_modules()), {}, {}
+    apart = dict.fromkeys(names, "not fused: the trace does not see it")
     uses = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
-        if node.op != "call_module" or node.target not in names:
+        if node.op != "call_module" or node.target not in apart:
             continue
-        name, relu, conv = node.target, next(iter(node.users), None), node.args[0]
+        name, relu, conv = node.target, next(iter(node.users), None), _input(node)
         if relu is None or len(node.users) > 1 or not _is_relu(relu, modules) or uses.count(name) > 1:
             apart[name] = "not fused: no ReLU behind it, or more than that"
             continue
@@ -118,12 +169,22 @@ def _fuse(model: nn.Module, graph: fx.Graph, names: set[str]) -> tuple[fx.GraphM
         unit.geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
         layers[name], convolutions[conv.target] = unit, layer
         with graph.inserting_before(node):
-            node.args = (conv.args[0], graph.get_attr(f"{conv.target}.weight"))
+            node.args, node.kwargs = (_input(conv), graph.get_attr(f"{conv.target}.weight")), {}
         graph.erase_node(conv)
+        del apart[name]
     traced = fx.GraphModule(model, graph, type(model).__name__)
     for name, layer in {**layers, **convolutions}.items():  # of a convolution the graph needs the filters only
         traced.set_submodule(name, layer)
-    return traced.train(model.training), apart
+    lost = sorted(model.state_dict().keys() ^ traced.state_dict().keys())
+    if lost:
+        raise ValueError(f"its forward does not use {lost[0]}, or under another name")
+    for name, module in traced.named_modules():
+        module.training = modules[name].training
+    return traced, apart
+
+
+def _input(node: fx.Node) -> fx.Node:
+    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _why_apart(conv: fx.Node, modules: dict[str, nn.Module], uses: list[str]) -> str | None:
@@ -135,6 +196,8 @@ def _why_apart(conv: fx.Node, modules: dict[str, nn.Module], uses: list[str]) ->
         return "its convolution has a bias"
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return f"its convolution pads by {layer.padding_mode!r}, {layer.padding!r}"
+    if _has_hooks(layer):
+        return "its convolution has hooks"
     if len(conv.users) > 1 or uses.count(conv.target) > 1:
         return "its convolution is read or used elsewhere too"
     return None
@@ -142,5 +205,5 @@ def _why_apart(conv: fx.Node, modules: dict[str, nn.Module], uses: list[str]) ->
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
+        return type(modules[node.target]) is nn.ReLU and not _has_hooks(modules[node.target])
     return node.target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agcseg.nn.agc import AGC2d, agc
+from agcseg.nn.agc import AGC2d, _check, agc
 from agcseg.nn.pooling import flat_indices, max_pool2d, max_unpool2d, window_offsets
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -85,6 +85,9 @@ def agc_unit(
         raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
     if sum(x.shape[1] for x in inputs) != (stem[0] if stem else filters).shape[1] * geometry.groups:
         raise ValueError(f"filters of shape {tuple(filters.shape)} do not fit maps {[tuple(x.shape) for x in inputs]}")
+    for f, *vectors in ((filters, weight, bias, mean_scale), *((stem,) if stem else ())):
+        if any(len(vector) != len(f) for vector in vectors):
+            raise ValueError(f"{len(f)} filters take γ, β and λ of as many; got {[len(v) for v in vectors]}")
     if geometry.padding is None:
         if any(f.shape[2] != f.shape[3] or f.shape[2] % 2 == 0 for f in (filters, *(stem or ())[:1])):
             raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
@@ -107,8 +110,10 @@ def agc_unit(
 def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     """Whether the formula in torch's own operations is faster: by the output's size, `positions` times that of `maps`.
 
-    On a GPU nothing was measured, and a compiler saves the calls by itself.
+    On a GPU nothing was measured, and a compiler saves the calls by itself. On the meta device there are only shapes.
     """
+    if maps.is_meta:
+        return True
     if maps.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return len(maps) * num_features * maps.shape[2:].numel() * positions <= SMALL
@@ -158,7 +163,8 @@ class _Unit(torch.autograd.Function):
         # Not once_differentiable: its message comes later and names no remedy.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the fast AGC unit has no second derivative (create_graph=True): build with implementation='literal'"
+                "the fast AGC unit has no second derivative (create_graph=True): build with implementation='literal', "
+                "convert with fuse=False"
             )
         return _backward(ctx, grad)
 
@@ -170,7 +176,7 @@ def _backward(ctx, grad):
     positions = output.shape[2:].numel() * (1 if winners is None else 4)
     alone = (offsets is not None or stem[0] is not None) and positions >= 2**16
     parts = len(grad) if alone else 1
-    if parts == 1:
+    if parts <= 1:
         return None, None, None, *_backward_part(ctx, filters, gain, mean_scale, stem, *by_sample)
     chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=True)
     grads = [_backward_part(ctx, filters, gain, mean_scale, stem, *chunk) for chunk in chunks]
@@ -368,8 +374,9 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     """relu(agc(input)), keeping only its output, which the next layer keeps anyway, and the mean of each map.
 
     With y the output, g = dy·[y > 0], s a map's sum of g and M its positions: dβ = Σ_n s, dγ = (Σ g·y - β·dβ)/γ,
-    dλ = -γ·Σ_n mean(z)·s, dz = γ·(g - λ·s/M). Where some |γ| is too small to divide by (below 1e-6, or 1e-3 of |β|),
-    the input is kept too and dγ = Σ g·(z - λ·mean(z)). To know it waits for the device once.
+    dλ = -γ·Σ_n mean(z)·s, dz = γ·(g - λ·s/M). Where some |γ| is too small to divide by (below 1e-6 or 1e-3 of |β|; of
+    half-precision maps, whose last digits β swallows, below 1/4 of |β| in bfloat16, 1/32 in float16), the input is kept
+    too and dγ = Σ g·(z - λ·mean(z)). To know it waits for the device once.
 
     Args:
         input: raw filter outputs z, (N, C, H, W).
@@ -377,7 +384,11 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
 
     Returns:
         (N, C, H, W) in the dtype of `input`. There is no second derivative.
+
+    Raises:
+        ValueError: as `agc`.
     """
+    _check(input, weight)
     if torch.compiler.is_compiling() or _is_small(input, len(weight)):  # a compiler decides by itself what to keep
         return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
     return _AGCReLU.apply(input, weight, bias, mean_scale)
@@ -389,14 +400,17 @@ class _AGCReLU(torch.autograd.Function):
         mean = _mean(input)
         output = input * gain.view(-1, 1, 1)
         output = output.add_((bias - mean_scale * gain * mean)[:, :, None, None]).relu_().to(input.dtype)
-        small = ctx.needs_input_grad[1] and bool((gain.abs() < torch.clamp(1e-3 * bias.abs(), min=1e-6)).any())
+        share = max(1e-3, 32 * torch.finfo(input.dtype).eps)
+        small = ctx.needs_input_grad[1] and bool((gain.abs() < torch.clamp(share * bias.abs(), min=1e-6)).any())
         ctx.save_for_backward(output, mean, gain, bias, mean_scale, input if small else None)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("agc_relu has no second derivative (create_graph=True): use relu(agc(...))")
+            raise RuntimeError(
+                "agc_relu has no second derivative (create_graph=True): use relu(agc(...)), convert with fuse=False"
+            )
         output, mean, gain, bias, mean_scale, input = ctx.saved_tensors
         needs = ctx.needs_input_grad
         g = torch.ops.aten.threshold_backward(grad, output, 0)

@@ -20,7 +20,7 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
         images: (N, 3, H, W), on its device; a validation minibatch.
 
     Returns:
-        unit's name -> plain figures:
+        unit's name -> plain figures, of the units that run in evaluation:
             height, width: of its maps.
             common_mode: |mean| / root mean square of a map behind the convolution, averaged over maps that are not 0.
             active: share of points that pass the ReLU.
@@ -48,13 +48,14 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
 
     handles = [unit.conv.register_forward_hook(raw) for unit in implementations]
     handles += [unit.norm.register_forward_hook(normalised) for unit in implementations]
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     try:
         for unit in implementations:
             unit.implementation = "literal"  # the fast one shows neither
         network.eval()(images)
     finally:
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training
         for unit, implementation in implementations.items():
             unit.implementation = implementation
         for handle in handles:
@@ -63,6 +64,7 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
         name: dict(zip(("height", "width"), sizes[unit.conv], strict=True))
         | _figures(unit, ratios[unit.conv], active[unit.norm])
         for name, unit in units.items()
+        if unit.norm in active
     }
 
 

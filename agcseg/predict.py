@@ -52,7 +52,12 @@ def find_images(wanted: str, output: Path) -> dict[str, Path]:
         paths, kinds = [Path(path) for path in sorted(glob.glob(str(base), recursive=True)) if Path(path).is_file()], ""
         while glob.has_magic(str(base)):
             base = base.parent
-    paths = [path for path in paths if output not in path.resolve().parents]
+    found, paths = paths, [path for path in paths if output not in path.resolve().parents]
+    if found and not paths:
+        raise UserError(
+            f"input={wanted}: all pictures there lie in the output folder {output}, whose pictures are taken for "
+            "predictions; give another output="
+        )
     if not paths:
         raise UserError(f"input={wanted}: no pictures there{kinds}")
     images: dict[str, Path] = {}

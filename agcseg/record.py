@@ -103,9 +103,13 @@ def load_checkpoint(path: Path) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile and the disk raise
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict) or "network" not in content:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({error.strerror or error})") from None
+    except Exception:  # torch raises what pickle and zipfile raise, and advises to trust the file
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint; it is empty, cut off, or not written by agcseg-train"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
         raise UserError(f"{path}: is no checkpoint of agcseg")
     return content
 

@@ -137,7 +137,7 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
         **config.network.options,
     ).to(device)
     if config.init_from and not (folder / "last.pt").exists():
-        log.info(start_from(network, config.init_from))
+        log.info(start_from(network, config.init_from, config.norm.name))
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.sync_bn and parallel.world() > 1:

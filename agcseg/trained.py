@@ -48,7 +48,7 @@ def load(path: str | Path) -> Trained:
     """
     path = _checkpoint(Path(path).expanduser())
     saved = load_checkpoint(path)
-    missing = [key for key in ("config", "classes", "normalisation", "epoch") if key not in saved]
+    missing = [key for key in ("config", "classes", "normalisation", "epoch") if saved.get(key) is None]
     if missing:
         raise UserError(f"{path}: is no checkpoint of agcseg-train: it lacks {', '.join(missing)}")
     try:  # keys that the run is older than have their default
@@ -87,12 +87,14 @@ def load(path: str | Path) -> Trained:
     return Trained(network.eval(), classes, config, saved["epoch"], path)
 
 
-def start_from(network: nn.Module, path: str | Path) -> str:
+def start_from(network: nn.Module, path: str | Path, norm: str | None = None) -> str:
     """Give a new network the weights of a trained one; layers whose width hangs on the number of classes may differ.
 
     Args:
         network: of the same kind, norm and width, for these or other classes.
         path: the folder of a run, or a checkpoint.
+        norm: the network's, to be compared with that of the run: `agc`, `center` and `agc_std`, for example, have the
+            same weights.
 
     Returns:
         a line that says what was taken, and what stayed new.
@@ -101,7 +103,11 @@ def start_from(network: nn.Module, path: str | Path) -> str:
         UserError: there is no checkpoint, or it holds another network.
     """
     path = _checkpoint(Path(path).expanduser())
-    saved, own = load_checkpoint(path)["network"], network.state_dict()
+    checkpoint = load_checkpoint(path)
+    trained = ((checkpoint.get("config") or {}).get("norm") or {}).get("name")
+    if norm and trained and norm != trained:
+        raise UserError(f"init_from={path}: was trained with norm={trained}, not norm={norm}")
+    saved, own = checkpoint["network"], network.state_dict()
     other = sorted(saved.keys() ^ own.keys())
     other += [
         key for key in own if key.startswith("encoder") and key not in other and own[key].shape != saved[key].shape

@@ -125,6 +125,10 @@ def test_data_program_lists_every_fault(command, tmp_path):
         "64x128, expected 1024x2048",
     ):
         assert part in done.stdout
+    (tmp_path / "file").touch()
+    unwritable = command("data", "data=streets", "data.root=file/streets")
+    assert unwritable.returncode == 2 and "cannot be read or written (Not a directory)" in unwritable.stderr
+    assert "Traceback" not in unwritable.stderr
     missing = command("data", "data.root=nowhere")
     assert missing.returncode == 1 and "leftImg8bit_trainvaltest.zip" in missing.stdout
 

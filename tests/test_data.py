@@ -240,6 +240,15 @@ def test_full_disk(tmp_path, monkeypatch):
         open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
 
 
+def test_a_cache_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/cache"):
+        with pytest.raises(UserError, match="cannot be written .* give another folder with data.cache_dir="):
+            streets_root(folder, 1, 1, (64, 128), 0)
+        with pytest.raises(UserError, match="cannot be written .* give another folder with data.cache_dir="):
+            open_cache(LAYOUTS["streets"], [], (32, 64), folder, "val")
+
+
 def test_streets_are_made_once(tmp_path):
     said = []
     roots = [streets_root(tmp_path, 2, 1, (64, 128), 0, said.append) for _ in range(2)]

@@ -94,8 +94,14 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, values, message):
 def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
     (tmp_path / "last.pt").write_text("weights")
     torch.save({"network": {}}, tmp_path / "bare.pt")
+    (tmp_path / "nothing.pt").touch()
+    (tmp_path / "cut.pt").write_bytes((runs / "segnet/last.pt").read_bytes()[:3000])
+    (tmp_path / "table.csv").write_text("epoch,samples\n1,8\n")
+    torch.save({"network": None, "config": {}}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     for path, message in (
+        *((tmp_path / name, "it is empty, cut off, or not written") for name in ("nothing.pt", "cut.pt", "table.csv")),
+        (tmp_path / "other.pt", "is no checkpoint of agcseg"),
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "empty", "holds no last.pt"),
         (runs, f"holds 2 runs; give one of them, such as\n  {runs / 'classnet'}"),
@@ -105,6 +111,7 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
         with pytest.raises(UserError) as error:
             agcseg.load(path)
         assert message in str(error.value) and str(path) in str(error.value)
+        assert "weights_only" not in str(error.value)  # torch's advice to trust the file
 
 
 @pytest.mark.parametrize("name", ["segnet", "classnet"])
@@ -135,6 +142,42 @@ def test_evaluation_of_another_folder_replaces_nothing(runs, streets, tmp_path):
     assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'same'}", f"data.root={other}") == 0
     figures = json.loads((tmp_path / "same/eval-streets-other-streets-val-training.json").read_text())
     assert figures["root"] == str(other) and len(list((tmp_path / "same").glob("*"))) == 4
+
+
+def test_evaluation_of_another_folder_with_the_data_sets_name_replaces_nothing(runs, streets, tmp_path):
+    shutil.copytree(streets, tmp_path / "other/streets")  # the run's own is called streets too, and is still there
+    for root in (streets, tmp_path / "other/streets"):
+        assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'out'}", f"data.root={root}") == 0
+    names = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert names == {"eval-streets-val-training.json", "eval-streets-streets-val-training.json"}
+
+
+def test_evaluation_of_a_few_images_does_not_replace_that_of_all(runs, tmp_path):
+    for arguments in ([], ["images=2"]):
+        assert ended(eval_program, runs / "segnet", f"output={tmp_path}", *arguments) == 0
+    for name, images in (("eval-streets-val-training.json", 4), ("eval-streets-val-training-2images.json", 2)):
+        assert json.loads((tmp_path / name).read_text())["images"] == images
+
+
+def test_evaluation_that_cannot_be_written_does_not_start(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_program, "evaluate", lambda *_: pytest.fail("has started"))
+    (tmp_path / "file").touch()
+    assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'file'}") == 2
+    assert f"{tmp_path / 'file'}: cannot be read or written (File exists)" in capsys.readouterr().err
+    monkeypatch.setattr(eval_program.os, "access", lambda path, mode: False)  # a colleague's run; root may write it
+    assert ended(eval_program, runs / "segnet") == 2
+    assert "segnet: cannot be written; give another folder with output=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [eval_program, predict_program])
+def test_stopped_by_hand(runs, streets, tmp_path, monkeypatch, capsys, program):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "find_device", stop)
+    arguments = [] if program is eval_program else [f"input={streets}", f"output={tmp_path / 'out'}"]
+    assert ended(program, runs / "segnet", *arguments) == 130
+    assert "stopped" in capsys.readouterr().err
 
 
 def test_evaluation_at_full_resolution(runs, streets):
@@ -244,6 +287,11 @@ def test_start_from_another_network_is_refused(runs, values):
         start_from(network, runs / "segnet")
 
 
+def test_start_from_a_norm_with_the_same_weights_is_refused(runs, tiny, tmp_path):
+    with pytest.raises(UserError, match="was trained with norm=agc, not norm=center"):
+        run(tiny("center", init_from=str(runs / "segnet"), epochs=1), tmp_path / "run")
+
+
 @pytest.fixture
 def pictures(streets, tmp_path):
     """A folder as people have them: many sizes and modes, and two files that are no pictures."""
@@ -341,6 +389,13 @@ def test_mistakes_in_predicting(runs, tmp_path, monkeypatch, capsys, arguments, 
 def test_the_run_comes_first(capsys):
     assert ended(predict_program, "input=a.png", "output=out") == 2
     assert "the run comes first: agcseg-predict RUN input=a.png" in capsys.readouterr().err
+
+
+def test_output_among_the_pictures_is_refused(tmp_path):
+    (tmp_path / "a.png").touch()
+    for wanted in (tmp_path, tmp_path / "*.png"):
+        with pytest.raises(UserError, match="all pictures there lie in the output folder"):
+            find_images(str(wanted), tmp_path)
 
 
 def test_two_pictures_for_one_name(tmp_path):

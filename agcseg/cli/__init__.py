@@ -102,7 +102,15 @@ def to_object(cfg: DictConfig):
         raise UserError(str(error).splitlines()[0]) from None
 
 
-def fail(program: str, error: UserError) -> NoReturn:
+def stopped(program: str) -> NoReturn:
+    """End the program as Ctrl-C deserves."""
+    print(f"\n{program}: stopped", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+def fail(program: str, error: UserError | OSError) -> NoReturn:
     """End the program as a user's mistake deserves: the message alone, exit code 2."""
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: cannot be read or written ({error.strerror})"
     print(f"{program}: error: {error}", file=sys.stderr)
     raise SystemExit(2)

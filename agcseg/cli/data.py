@@ -10,7 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from tqdm import tqdm
 
-from agcseg.cli import CONFIGS, check_keys, fail, to_object
+from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
 from agcseg.config import Config, DataConfig
 from agcseg.config import check as check_config
 from agcseg.data import LAYOUTS, open_data, streets_root
@@ -78,7 +78,7 @@ def _job(cfg) -> None:
         program = to_object(cfg)
         check_config(Config(data=program.data, minibatch=1))
         problems = inspect(program.data, program.build)
-    except UserError as error:
+    except (UserError, OSError) as error:
         fail("agcseg-data", error)
     if problems:
         raise SystemExit(1)
@@ -86,7 +86,10 @@ def _job(cfg) -> None:
 
 def main() -> None:
     check_keys("agcseg-data", sys.argv[1:], DataProgram)
-    _job()
+    try:
+        _job()
+    except KeyboardInterrupt:
+        stopped("agcseg-data")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The program agcseg-eval."""
 
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run
+from agcseg.cli import fail, parse_run, stopped
 from agcseg.config import DataConfig
 from agcseg.data import LAYOUTS, streets_root
 from agcseg.data.layout import Sample, list_samples
@@ -54,7 +55,8 @@ keys:
 written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
-DATA is the data set's name; of another folder than the run's, with that folder's name.
+DATA is the data set's name; of another folder than the run's, with that folder's name. With images=N the names end in
+-Nimages.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure hangs on the choice of images, not how it varies from
 one training to the next.
@@ -78,14 +80,17 @@ def main(argv: list[str] | None = None) -> int:
         trained.network.to(device)
         data, root, known_as = _data(trained, keys)
         layout, samples = LAYOUTS[data.name], _samples(data, root, keys)
+        base = Path(keys["output"] or trained.path.parent).expanduser()
+        base.mkdir(parents=True, exist_ok=True)  # first: nobody should wait for figures that cannot be written
+        if not os.access(base, os.W_OK):
+            raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
         figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
         size = {"training_size": list(trained.config.data.size)}
-        base = Path(keys["output"] or trained.path.parent).expanduser()
-        base.mkdir(parents=True, exist_ok=True)
-        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}"
+        some = f"-{keys['images']}images" if keys["images"] else ""
+        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}{some}"
         picture = io.BytesIO()
         title = (
             f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "
@@ -98,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
     except (UserError, OSError) as error:
         fail("agcseg-eval", error)
+    except KeyboardInterrupt:
+        stopped("agcseg-eval")
     print(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
     print(_table(figures))
     print(f"wrote {base}.json\nwrote {base}.png")
@@ -116,8 +123,9 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Path, str]:
     if root is None:
         raise UserError(f"data={data.name}: give its folder with data.root=")
     root = Path(root).expanduser().resolve()
-    same = data is own and own.root and Path(own.root).expanduser().resolve() == root
-    if not keys["data.root"] or same or root.name.lower() == data.name:
+    its = Path(own.root).expanduser().resolve() if data is own and own.root else None
+    elsewhere = data is own and (its is None or its.exists())  # else it may have moved, or there is nothing to mix up
+    if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
         return data, root, data.name
     return data, root, f"{data.name}-{root.name}"
 

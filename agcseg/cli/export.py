@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import agcseg
-from agcseg.cli import fail, parse_run
+from agcseg.cli import fail, parse_run, stopped
 from agcseg.errors import UserError
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
 from agcseg.record import write
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         write(output, content)
     except (UserError, OSError) as error:
         fail("agcseg-export", error)
+    except KeyboardInterrupt:
+        stopped("agcseg-export")
     print(f"wrote {output} ({len(content) / 2**20:.1f} MiB)")
     return 0
 

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run
+from agcseg.cli import fail, parse_run, stopped
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError
 from agcseg.machine import find_device
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         fail("agcseg-predict", UserError("out of memory; try a smaller minibatch="))
     except (UserError, OSError) as error:
         fail("agcseg-predict", error)
+    except KeyboardInterrupt:
+        stopped("agcseg-predict")
     for line in bad:
         print(f"agcseg-predict: {line}", file=sys.stderr)
     print(f"{done} of {len(images)} pictures predicted, in {output}")

@@ -15,7 +15,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from agcseg import figure1, parallel
-from agcseg.cli import CONFIGS, check_keys, fail, to_object
+from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
 from agcseg.folder import FREE
@@ -93,8 +93,7 @@ def main() -> None:
         _job()
         parallel.leave()
     except KeyboardInterrupt:
-        print("\nagcseg-train: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        stopped("agcseg-train")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import filelock
 
 from agcseg.data import camvid, cityscapes
-from agcseg.data.cache import Cached, open_cache
+from agcseg.data.cache import Cached, not_writable, open_cache
 from agcseg.data.layout import SPLITS, Layout, list_samples
 from agcseg.data.streets import make_streets
 
@@ -43,13 +43,20 @@ def open_data(
 
 
 def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, int], seed: int, say=print) -> Path:
-    """The folder of the built-in streets with these parameters; they are made first where they are missing."""
+    """The folder of the built-in streets with these parameters; they are made first where they are missing.
+
+    Raises:
+        UserError: `cache_dir` cannot be written.
+    """
     cache_dir = Path(cache_dir).expanduser()
     root = cache_dir / f"streets{STREETS_VERSION}-{train}+{val}-{size[0]}x{size[1]}-seed{seed}"
     if not root.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{root}.lock"):
-            if not root.is_dir():
-                say(f"making {train} + {val} street scenes of {size[0]}x{size[1]} in {root}")
-                make_streets(root, train, val, size, seed)
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{root}.lock"):
+                if not root.is_dir():
+                    say(f"making {train} + {val} street scenes of {size[0]}x{size[1]} in {root}")
+                    make_streets(root, train, val, size, seed)
+        except OSError as error:
+            raise not_writable(error, cache_dir) from None
     return root

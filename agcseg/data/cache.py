@@ -78,8 +78,8 @@ def open_cache(
                     _build(layout, samples, size, folder, progress)
             finally:
                 lock.release()
-        except PermissionError as error:
-            raise UserError(f"{error.filename}: cannot be written; give another folder with data.cache_dir=") from None
+        except OSError as error:
+            raise not_writable(error, cache_dir) from None
     return Cached(
         folder,
         # copy-on-write, so that torch sees a writable array and nobody can change the file
@@ -87,6 +87,13 @@ def open_cache(
         np.load(folder / "labels.npy", mmap_mode="c"),
         np.load(folder / "contours.npy", mmap_mode="c"),
         json.loads((folder / "names.json").read_text()),
+    )
+
+
+def not_writable(error: OSError, cache_dir: Path) -> UserError:
+    return UserError(
+        f"{error.filename or cache_dir}: cannot be written ({error.strerror or error}); give another folder with "
+        "data.cache_dir="
     )
 
 

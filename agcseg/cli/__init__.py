@@ -17,11 +17,14 @@ CONFIGS = str(_installed if _installed.is_dir() else Path(__file__).parents[2] /
 
 
 def check_keys(program: str, arguments: list[str], schema: type) -> None:
-    """End the program if an override names a key that `schema` does not have, and say which one may be meant.
+    """End the program if an override names a key that `schema` does not have, and say which one may be meant, or if
+    its value wants quotes.
 
-    Hydra refuses such a key too, but does not say what there is.
+    Hydra refuses both too, but says neither what there is nor what to do.
     """
-    known: list[str] = []
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # not for the programs without Hydra
+
+    known, parser = [], OverridesParser.create()
 
     def collect(node: DictConfig, prefix: str) -> None:
         for key in node:
@@ -32,10 +35,15 @@ def check_keys(program: str, arguments: list[str], schema: type) -> None:
 
     collect(OmegaConf.structured(schema), "")
     for argument in arguments:
-        key, is_override, _ = argument.partition("=")
+        key, is_override, value = argument.partition("=")
         free = key.startswith(("-", "+", "~", "hydra", "experiment", "figure1")) or ".options." in key
         if is_override and not free and key.partition("@")[0] not in known:
             fail(program, _unknown(program, f"{key} is not a key of the configuration", key, known))
+        try:
+            parser.parse_override(argument) if is_override else None
+        except Exception:  # the grammar's, of several classes
+            quoted = f"{key}='{value}'"
+            fail(program, UserError(f'{argument}: the value cannot be read; quote it for {program} too: "{quoted}"'))
 
 
 def _unknown(program: str, what: str, key: str, known: Iterable[str]) -> UserError:

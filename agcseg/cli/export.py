@@ -1,5 +1,6 @@
 """The program agcseg-export."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
         if output.suffix != FORMATS[format]:
             raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
+        output.parent.mkdir(parents=True, exist_ok=True)  # first: exporting takes its time
+        if not os.access(output.parent, os.W_OK):
+            raise UserError(f"{output.parent}: cannot be written; give another file with output=")
         content = export(trained, format)
         found = differences(trained, content, format)
         for shape, largest, beyond in found:
@@ -57,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
             complaint = f"{output}: not written, for it does not say what {trained.path} says"
             print(f"agcseg-export: error: {complaint}", file=sys.stderr)
             return 1
-        output.parent.mkdir(parents=True, exist_ok=True)
         write(output, content)
     except (UserError, OSError) as error:
         fail("agcseg-export", error)

@@ -153,6 +153,10 @@ def test_program(torch_program, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "by more than 0.0001 in 100.00% of the pixels" in told.out and "not written" in told.err
     assert not target.parent.exists()
+    monkeypatch.setattr(program, "export", lambda trained, format: pytest.fail("exported before it asked"))
+    with pytest.raises(SystemExit):
+        program.main(["RUN", "format=torch", f"output={tmp_path / 'network.pt2' / 'other.pt2'}"])
+    assert "network.pt2 cannot be written; give another file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

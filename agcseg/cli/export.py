@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
         if output.suffix != FORMATS[format]:
             raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
-        output.parent.mkdir(parents=True, exist_ok=True)  # first: exporting takes its time
-        if not os.access(output.parent, os.W_OK):
-            raise UserError(f"{output.parent}: cannot be written; give another file with output=")
+        there = next(folder for folder in output.absolute().parents if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):  # asked first: exporting takes its time
+            raise UserError(f"output={output}: {there} cannot be written; give another file")
         content = export(trained, format)
         found = differences(trained, content, format)
         for shape, largest, beyond in found:
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             complaint = f"{output}: not written, for it does not say what {trained.path} says"
             print(f"agcseg-export: error: {complaint}", file=sys.stderr)
             return 1
+        output.parent.mkdir(parents=True, exist_ok=True)
         write(output, content)
     except (UserError, OSError) as error:
         fail("agcseg-export", error)

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from agcseg import build
-from agcseg.cli import CONFIGS, to_object
+from agcseg.cli import CONFIGS, check_keys, to_object
 from agcseg.cli.train import run_name
 from agcseg.config import Config, check, momentum, rate
 from agcseg.errors import UserError
@@ -237,3 +237,7 @@ def test_run_names_come_from_the_configuration():
 def test_configs_are_plain_yaml():
     for path in Path(CONFIGS).rglob("*.yaml"):
         OmegaConf.load(path)
+
+
+def test_flags_of_hydra_are_not_taken_for_values():
+    check_keys("agcseg-train", ["-m", "--cfg=job", "--config-name=train", "~hydra.launcher", "minibatch=1,4"], Config)

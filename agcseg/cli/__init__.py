@@ -36,11 +36,13 @@ def check_keys(program: str, arguments: list[str], schema: type) -> None:
     collect(OmegaConf.structured(schema), "")
     for argument in arguments:
         key, is_override, value = argument.partition("=")
-        free = key.startswith(("-", "+", "~", "hydra", "experiment", "figure1")) or ".options." in key
-        if is_override and not free and key.partition("@")[0] not in known:
+        if key.startswith("-") or not is_override:  # one of Hydra's flags
+            continue
+        free = key.startswith(("+", "~", "hydra", "experiment", "figure1")) or ".options." in key
+        if not free and key.partition("@")[0] not in known:
             fail(program, _unknown(program, f"{key} is not a key of the configuration", key, known))
         try:
-            parser.parse_override(argument) if is_override else None
+            parser.parse_override(argument)
         except Exception:  # the grammar's, of several classes
             quoted = f"{key}='{value}'"
             fail(program, UserError(f'{argument}: the value cannot be read; quote it for {program} too: "{quoted}"'))

@@ -24,11 +24,11 @@ from agcseg.data.minibatches import minibatches, open_split
 from agcseg.data.streets import make_streets
 from agcseg.errors import UserError
 from agcseg.losses import image_losses
-from agcseg.machine import peak_memory, reset_peak_memory
 from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
+from agcseg.training.machine import peak_memory, reset_peak_memory
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled

@@ -18,7 +18,7 @@ from agcseg.data.cache import resize_image
 from agcseg.data.labels import CITYSCAPES, IGNORE
 from agcseg.data.layout import decode
 from agcseg.errors import UserError
-from agcseg.record import write
+from agcseg.record.files import write
 from agcseg.trained import Trained, logits, prediction, resized
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}

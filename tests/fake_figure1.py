@@ -1,4 +1,4 @@
-"""Writes made-up folders of Figure 1's runs, as `agcseg.run` would leave them."""
+"""Writes made-up folders of Figure 1's runs, as `agcseg.training.run` would leave them."""
 
 import csv
 import json

@@ -160,4 +160,4 @@ def test_import_loads_torch_and_nothing_else():
     script = "import sys, torch; had = set(sys.modules); import agcseg; print(*sorted(set(sys.modules) - had))"
     new = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in new} == {"agcseg"}
-    assert not any(name.startswith(("agcseg.data", "agcseg.run", "agcseg.cli")) for name in new)
+    assert not any(name.startswith(("agcseg.data", "agcseg.training", "agcseg.cli")) for name in new)

@@ -40,7 +40,7 @@ from agcseg.cli.train import run_name
 from agcseg.config import Config, check
 from agcseg.data import LAYOUTS
 from agcseg.networks import NETWORKS, classnet, segnet
-from agcseg.run import run
+from agcseg.training.run import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

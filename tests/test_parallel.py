@@ -14,11 +14,11 @@ from torch import multiprocessing as mp
 from torch import nn
 
 import agcseg.cli.train
-import agcseg.passes
-from agcseg import parallel
+import agcseg.training.passes
 from agcseg.config import Config, DataConfig, GemsConfig, NetworkConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
-from agcseg.run import run
+from agcseg.training import parallel
+from agcseg.training.run import run
 
 RUNS = {
     "segnet": {"network": "segnet"},
@@ -76,7 +76,7 @@ def gradients(norm, accumulate):
     model, (first, step) = network, (parallel.rank(), parallel.world())
     if step > 1:
         model = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    loss = agcseg.passes.backward(model, images[first::step], labels[first::step], class_weights, config)
+    loss = agcseg.training.passes.backward(model, images[first::step], labels[first::step], class_weights, config)
     parallel.share_buffers(network)
     return [parallel.add(loss) / step, *(p.grad for p in network.parameters())], list(network.buffers())
 

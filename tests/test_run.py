@@ -10,14 +10,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import agcseg.folder
 import agcseg.losses
-import agcseg.passes
-import agcseg.run
+import agcseg.record.folder
+import agcseg.training.passes
+import agcseg.training.run
 from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
-from agcseg.run import run
+from agcseg.training.run import run
 
 replace = dataclasses.replace
 
@@ -100,7 +100,7 @@ def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeyp
     """Kill the run in the middle of its third epoch, or on either side of writing its checkpoint."""
     config = tiny(norm, epochs=4, minibatch=2)
     run(config, tmp_path / "straight")
-    place = agcseg.passes if after == "_logits" else agcseg.run
+    place = agcseg.training.passes if after == "_logits" else agcseg.training.run
     original, calls = getattr(place, after), 0
 
     def killed(*arguments):
@@ -141,13 +141,13 @@ def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, mo
 
 
 def test_noise_leaves_images_and_initial_weights_as_they_are(tiny, tmp_path, monkeypatch):
-    original, seen = agcseg.run.backward, []
+    original, seen = agcseg.training.run.backward, []
 
     def watched(model, images, *arguments):
         seen.append((images.sum().item(), model.encoder[0][0].conv.weight.sum().item(), model.training))
         return original(model, images, *arguments)
 
-    monkeypatch.setattr(agcseg.run, "backward", watched)
+    monkeypatch.setattr(agcseg.training.run, "backward", watched)
     for name, noise in (("plain", NoiseConfig()), ("noisy", NoiseConfig(0.1, 0.1))):
         run(tiny(noise=noise), tmp_path / name)
     plain, noisy = seen[: len(seen) // 2], seen[len(seen) // 2 :]
@@ -248,7 +248,7 @@ def test_two_processes_do_not_share_a_run(tiny, tmp_path, monkeypatch):
     import filelock
 
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(agcseg.folder, "LOCK_WAIT", 0.2)
+    monkeypatch.setattr(agcseg.record.folder, "LOCK_WAIT", 0.2)
     with filelock.FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another process"):
         run(tiny(), tmp_path / "run")
 
@@ -280,22 +280,22 @@ def test_divergence_keeps_the_last_finite_epoch(tiny, tmp_path, monkeypatch):
 def test_accumulation_gives_the_same_gradient(tiny, accumulate):
     """Although the images have different numbers of labelled pixels, one has none, and classes weigh differently."""
     torch.manual_seed(0)
-    network = agcseg.run.build("segnet", norm="agc", width=0.1, init="he_centered").double()
+    network = agcseg.training.run.build("segnet", norm="agc", width=0.1, init="he_centered").double()
     images, labels = torch.randn(4, 3, 32, 64).double(), torch.randint(0, 19, (4, 32, 64)).byte()
     labels[0, :20] = 255
     labels[3] = 255
     class_weights, gradients = torch.rand(19).double(), []
     for parts in (1, accumulate):
         network.zero_grad()
-        loss = agcseg.run.backward(network, images, labels, class_weights, tiny(accumulate=parts))
+        loss = agcseg.training.run.backward(network, images, labels, class_weights, tiny(accumulate=parts))
         gradients.append([loss, *(p.grad for p in network.parameters())])
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 1e-6 * a.norm()
 
 
 def test_weight_decay_spares_the_gains(tiny, tmp_path):
-    network = agcseg.run.build("segnet", norm="agc", width=0.1)
-    filters, vectors = agcseg.run._parameter_groups(network, 0.1)
+    network = agcseg.training.run.build("segnet", norm="agc", width=0.1)
+    filters, vectors = agcseg.training.run._parameter_groups(network, 0.1)
     assert filters["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
     assert len(filters["params"]) == 26 and len(vectors["params"]) == 25 * 3 + 1
 

@@ -22,8 +22,8 @@ from agcseg.data.minibatches import normalise
 from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate, intervals
 from agcseg.predict import find_images
-from agcseg.run import run
 from agcseg.trained import logits, prediction, start_from
+from agcseg.training.run import run
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, delivery, largest_minibatch, table
 from agcseg.errors import UserError
-from agcseg.machine import device_name, find_device
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
-from agcseg.record import write
+from agcseg.record.files import write
+from agcseg.training.machine import device_name, find_device
 
 EPILOG = (
     """\

@@ -17,9 +17,9 @@ from agcseg.data.layout import Sample, list_samples
 from agcseg.data.minibatches import choose
 from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate
-from agcseg.machine import find_device
-from agcseg.record import write, write_json
+from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
+from agcseg.training.machine import find_device
 
 KEYS = {
     "data": str,

@@ -8,7 +8,7 @@ import agcseg
 from agcseg.cli import fail, parse_run, stopped
 from agcseg.errors import UserError
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
-from agcseg.record import write
+from agcseg.record.files import write
 
 KEYS = {"format": "onnx", "output": str}
 

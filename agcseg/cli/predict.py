@@ -10,8 +10,8 @@ import agcseg
 from agcseg.cli import fail, parse_run, stopped
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError
-from agcseg.machine import find_device
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
+from agcseg.training.machine import find_device
 
 KEYS = {
     "input": str,

@@ -14,12 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
-from agcseg import figure1, parallel
+from agcseg import figure1
 from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
 from agcseg.config import Config, rate
 from agcseg.errors import UserError
-from agcseg.folder import FREE
-from agcseg.run import run
+from agcseg.record.folder import FREE
+from agcseg.training import parallel
+from agcseg.training.run import run
 
 ConfigStore.instance().store(name="schema", node=Config)
 for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml

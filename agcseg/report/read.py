@@ -1,4 +1,4 @@
-"""The runs of a folder, read from what `agcseg.run` leaves there. Nothing is trusted: a broken file is named."""
+"""The runs of a folder, read from what a training run leaves there. Nothing is trusted: a broken file is named."""
 
 import csv
 import json

@@ -13,18 +13,15 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agcseg import class_weights, parallel
+from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data, streets_root
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
-from agcseg.folder import check_same_run, finished, free_folder, lock, result_line
-from agcseg.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.networks import NETWORKS, build
 from agcseg.nn import GEMS, add_noise, layer_signals
-from agcseg.passes import backward, constant_error, loss_figures, shown_images, validate
-from agcseg.record import (
+from agcseg.record.files import (
     TensorBoard,
     lambdas_of,
     layer_rows,
@@ -38,7 +35,11 @@ from agcseg.record import (
     write_picture,
     write_tables,
 )
+from agcseg.record.folder import check_same_run, finished, free_folder, lock, result_line
 from agcseg.trained import start_from
+from agcseg.training import parallel
+from agcseg.training.machine import device_name, find_device, peak_memory, reset_peak_memory
+from agcseg.training.passes import backward, constant_error, loss_figures, shown_images, validate
 
 log = logging.getLogger("agcseg")
 

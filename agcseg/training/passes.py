@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from agcseg import metrics, parallel
+from agcseg import metrics
 from agcseg.config import Config
 from agcseg.data.minibatches import Split, minibatches
 from agcseg.losses import image_losses
+from agcseg.training import parallel
 
 
 def backward(

@@ -28,7 +28,7 @@ def join(name: str) -> str:
         name: what `device=` names. Processes with GPUs take one each, so that none of them can be named.
 
     Returns:
-        the device of this process, for `agcseg.machine.find_device`.
+        the device of this process, for `agcseg.training.machine.find_device`.
 
     Raises:
         UserError: there are fewer GPUs than processes, or `name` is one GPU.

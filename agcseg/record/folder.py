@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.nn import NORMS
-from agcseg.record import tell
+from agcseg.record.files import tell
 
 log = logging.getLogger("agcseg")
 

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: who may write into its folder, and the files in it."""

@@ -1,0 +1,1 @@
+"""What a run is while it trains: `run` is the door, read from top to bottom."""

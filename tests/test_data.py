@@ -1,21 +1,26 @@
 """Readers, checks, cache and minibatches on fake data sets in a temporary folder."""
 
+import csv
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from agcseg.data import LAYOUTS, open_data, streets_root
-from agcseg.data.cache import contours, open_cache
+from agcseg.data.cache import contours, digests, open_cache
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN
 from agcseg.data.layout import check, list_samples
 from agcseg.data.minibatches import MEAN, STD, choose, histogram, minibatches, normalise, open_split
 from agcseg.errors import UserError
+from agcseg.training.run import run
 
 CPU = torch.device("cpu")
 
@@ -321,3 +326,141 @@ def test_normalisation():
 def test_histogram(split):
     labels = split.labels[torch.from_numpy(split.indices)]
     assert histogram(split, 19) == [(labels == k).sum().item() for k in range(19)]
+
+
+def test_digest_of_the_data_as_used(streets, tmp_path):
+    """It knows the chosen images, their names, pixels and labels, and contours where they are wanted."""
+    layout, cached = open_data("streets", streets, (32, 64), tmp_path)
+    train = cached["train"]
+    assert train.digests[2] == digests(train.images[2], train.labels[2], train.contours[2])
+    split = open_split(train, choose(8, 7, seed=0), CPU)
+    assert split.digest == train.digest(split.indices) != train.digest() == train.digest(range(8))
+    assert open_split(train, split.indices, CPU, contours=True).digest == train.digest(split.indices, True)
+    copy = shutil.copytree(streets, tmp_path / "copy")
+    assert open_data("streets", copy, (32, 64), tmp_path)[1]["train"].digest() == train.digest()
+    given = list_samples(layout, copy, "train")
+    for kind, contours_too in (("image", (False, True)), ("label", (False, True)), ("instance", (True,))):
+        path = getattr(given[3], kind)
+        before, picture = path.read_bytes(), np.array(Image.open(path))
+        picture[:16] = picture[16:32] if kind != "instance" else 0
+        Image.fromarray(picture).save(path)
+        changed = open_data("streets", copy, (32, 64), tmp_path)[1]["train"]
+        for wanted in (False, True):
+            assert (changed.digest(None, wanted) != train.digest(None, wanted)) == (wanted in contours_too), kind
+            assert changed.digest([0, 1, 2, 4], wanted) == train.digest([0, 1, 2, 4], wanted)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("part", ["images.npy", "labels.npy", "contours.npy", "index.json", "all"])
+@pytest.mark.parametrize("fault", ["removed", "empty", "cut"])
+def test_a_damaged_cache_is_built_anew_and_says_so(tmp_path, part, fault):
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    digest = cached.digest(contours=True)
+    for path in cached.folder.iterdir() if part == "all" else [cached.folder / part]:
+        content = path.read_bytes()
+        path.unlink()
+        if fault != "removed":
+            path.write_bytes(content[: len(content) // 2 if fault == "cut" else 0])
+    said = []
+    again = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train", say=said.append)
+    assert again.folder == cached.folder and again.digest(contours=True) == digest
+    assert "is damaged (" in said[0] and str(cached.folder) in said[0]
+
+
+def test_rebuilt_on_demand(tmp_path):
+    """A label changed with its size and time kept is found by nothing, so there is a way to say it."""
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    label = np.array(Image.open(samples[0].label))
+    Image.fromarray(label[::-1]).save(samples[0].label, compress_level=0)  # one size, whatever is in it
+    os.utime(samples[0].label, ns=(1, 1))
+    before = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    Image.fromarray(label).save(samples[0].label, compress_level=0)
+    os.utime(samples[0].label, ns=(1, 1))
+    assert open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train").digest() == before.digest()
+    after = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train", rebuild=True)
+    assert after.folder == before.folder and after.digest() != before.digest()
+
+
+def test_one_cache_for_all_names_of_a_folder_and_older_ones_are_named(tmp_path):
+    root = write_cityscapes(tmp_path / "data")
+    (tmp_path / "link").symlink_to(root)
+    roots = (root, tmp_path / "link", tmp_path / "data/../data")
+    folders = [
+        open_cache(LAYOUT, list_samples(LAYOUT, path, "train"), (32, 64), tmp_path / "cache", "train").folder
+        for path in roots
+    ]
+    assert len(set(folders)) == 1
+    samples, said = list_samples(LAYOUT, root, "train"), []
+    os.utime(samples[0].label, ns=(1, 1))
+    open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train", say=said.append)
+    assert said[0].startswith("caching 2 train images at 32x64 in ")
+    assert "older caches" in said[1] and str(folders[0]) in said[1]
+
+
+def test_no_space_left_while_the_files_are_made(tmp_path, monkeypatch):
+    """Space is taken before anything is mapped: a full disk is an error, and no signal."""
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"npy: cannot be written \(No space left .* data.cache_dir="):
+        open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS; or a disk without it
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+    blocks = (cached.folder / "images.npy").stat().st_blocks
+    assert 512 * blocks >= cached.images.nbytes and cached.images.any()
+
+
+def test_a_complete_cache_on_a_read_only_disk_serves(tmp_path, monkeypatch):
+    samples = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train")
+    cached = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "touch", "write_text"):
+        monkeypatch.setattr(f"pathlib.Path.{name}", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train").digest() == cached.digest()
+    (cached.folder / "index.json").unlink()
+    with pytest.raises(UserError, match="cannot be written .Read-only"):
+        open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train")
+
+
+def test_a_lock_that_nobody_gives_back(tmp_path, monkeypatch):
+    """A wait says for which file, and ends where the other process shows no life."""
+    samples, said = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "train"), []
+    folder = open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train").folder
+    shutil.rmtree(folder)
+    monkeypatch.setattr("agcseg.data.cache.PATIENCE", 0.1)
+    with filelock.FileLock(f"{folder}.lock"), pytest.raises(UserError, match="lock: another process .* delete the"):
+        open_cache(LAYOUT, samples, (32, 64), tmp_path / "cache", "train", say=said.append)
+    assert said == [f"waiting for another process that makes {folder} (its lock is {folder}.lock)"]
+
+
+def test_a_set_without_a_labelled_pixel_is_refused_before_training(streets, tiny, tmp_path):
+    copy = shutil.copytree(streets, tmp_path / "copy")
+    for path in copy.glob("gtFine/val/*/*_*Ids.png"):
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    config = tiny()
+    config.data.root = str(copy)
+    with pytest.raises(UserError, match="the labels of the 4 validation images hold no labelled pixel"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_without_a_labelled_pixel_counts_in_no_average(streets, tiny, tmp_path):
+    copy = shutil.copytree(streets, tmp_path / "copy")
+    for path in sorted(copy.glob("gtFine/val/*/*_*Ids.png"))[:2]:  # of the first image
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    config = tiny(epochs=1)
+    config.data.root = str(copy)
+    result = run(config, tmp_path / "run")
+    with open(tmp_path / "run/images.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file)]
+    assert [row["labelled_pixels"] == "0" for row in rows] == [True, False, False, False]
+    assert result["val_loss"] == pytest.approx(np.mean([float(row["loss"]) for row in rows[1:]]))

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
-
 from agcseg.data import camvid, cityscapes
-from agcseg.data.cache import Cached, not_writable, open_cache
+from agcseg.data.cache import Cached, locked, not_writable, open_cache
 from agcseg.data.layout import SPLITS, Layout, list_samples
 from agcseg.data.streets import make_streets
 
@@ -53,7 +51,7 @@ def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, i
     if not root.is_dir():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{root}.lock"):
+            with locked(root, say):
                 if not root.is_dir():
                     say(f"making {train} + {val} street scenes of {size[0]}x{size[1]} in {root}")
                     make_streets(root, train, val, size, seed)

@@ -1,10 +1,13 @@
 """Every image decoded and resized once, into a memory map that all runs share."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,9 @@ from agcseg.data.labels import IGNORE
 from agcseg.data.layout import Layout, Sample, load
 from agcseg.errors import UserError
 
-VERSION = 2  # of what is written; a new number leaves old caches unused
+VERSION = 3  # of what is written; a new number leaves old caches unused
+PATIENCE = 300.0  # seconds without a sign of life from the process that holds a lock
+PARTS = ("images", "labels", "contours")
 
 
 class Cached(NamedTuple):
@@ -29,6 +34,7 @@ class Cached(NamedTuple):
         labels: (n, H, W) uint8, class numbers or 255.
         contours: (n, H, W) uint8, 1 on the borders between instances (see `contours`).
         names: n names.
+        digests: n pairs of hexadecimal digests: of an image with its labels, and of its contours.
     """
 
     folder: Path
@@ -36,6 +42,27 @@ class Cached(NamedTuple):
     labels: np.memmap
     contours: np.memmap
     names: list[str]
+    digests: list[list[str]]
+
+    def digest(self, indices: Iterable[int] | None = None, contours: bool = False) -> str:
+        """A digest of the data as a run uses them: names, pixels and labels of these images (None: of all), in order.
+
+        Args:
+            contours: those belong to it too.
+        """
+        chosen = range(len(self.names)) if indices is None else indices
+        return digest((self.names[i], *self.digests[i][: 1 + contours]) for i in chosen)
+
+
+def digest(images: Iterable[tuple[str, ...]]) -> str:
+    """One digest of many images, each given by its name and its digests; 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps([*images]).encode(), digest_size=16).hexdigest()
+
+
+def digests(image: np.ndarray, labels: np.ndarray, contours: np.ndarray) -> list[str]:
+    """The digests of one image at training size: of image and labels, and of its contours."""
+    parts = (image.tobytes() + labels.tobytes(), contours.astype(np.uint8).tobytes())
+    return [hashlib.blake2b(part, digest_size=16).hexdigest() for part in parts]
 
 
 def open_cache(
@@ -46,48 +73,112 @@ def open_cache(
     split: str,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
     say: Callable[[str], None] = print,
+    rebuild: bool = False,
 ) -> Cached:
-    """Open the memory map of these samples, and build it first if it is not there.
+    """Open the memory map of these samples, and build it first if it is not there, or damaged.
 
     Images are resized by Pillow's bilinear filter (antialiased: its support grows with the reduction), labels and
     instances by the nearest neighbour. The folder's name holds a hash of the file list with sizes and times, of the
     training size and of the class table, so changed data are never taken for old ones. A build runs under a lock,
     writes beside the place and is renamed at the end: two processes share one build, and a killed one leaves nothing
-    that is taken for whole.
+    that is taken for whole. A complete cache is only read, and may lie on a disk that cannot be written.
 
     Args:
         size: (height, width) of training.
         progress: wraps the iteration over the samples; gets their number too.
+        rebuild: build it anew even if it is there: for labels changed behind the file system's back.
 
     Raises:
-        UserError: files that cannot be used, all of them by name; or too little space on the disk.
+        UserError: files that cannot be used; too little space on the disk; or another process builds it and does not
+            get on.
     """
-    digest = _digest(layout, samples, size)
-    folder = cache_dir / f"{layout.name}-{split}-{size[0]}x{size[1]}-{digest[:16]}"
+    key = _key(layout, samples, size)
+    folder = cache_dir / f"{layout.name}-{split}-{size[0]}x{size[1]}-{key[:16]}"
+    found = None if rebuild else _opened(folder, samples, size)
+    if isinstance(found, Cached):
+        return found
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(folder, say) as waited:
+            found = None if rebuild and not waited else _opened(folder, samples, size)
+            if isinstance(found, Cached):  # of the process that was waited for
+                return found
+            if found:
+                say(f"{folder}: is damaged ({found}) and is built anew")
+            shutil.rmtree(folder, ignore_errors=True)
+            say(f"caching {len(samples)} {split} images at {size[0]}x{size[1]} in {folder}")
+            _build(layout, samples, size, folder, progress)
+    except OSError as error:
+        raise not_writable(error, cache_dir) from None
+    found = _opened(folder, samples, size)
+    if not isinstance(found, Cached):
+        raise UserError(f"{folder}: cannot be read back ({found}); give another folder with data.cache_dir=")
+    _say_older(folder, say)
+    return found
+
+
+def _opened(folder: Path, samples: list[Sample], size: tuple[int, int]) -> "Cached | str | None":
+    """The cache; what is wrong with it; or None where there is none."""
     if not folder.is_dir():
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{folder}.lock")
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                say(f"waiting for another process that builds {folder}")
-                lock.acquire()
-            try:
-                if not folder.is_dir():
-                    _build(layout, samples, size, folder, progress)
-            finally:
-                lock.release()
-        except OSError as error:
-            raise not_writable(error, cache_dir) from None
-    return Cached(
-        folder,
+        return None
+    try:
+        index = json.loads((folder / "index.json").read_text())
         # copy-on-write, so that torch sees a writable array and nobody can change the file
-        np.load(folder / "images.npy", mmap_mode="c"),
-        np.load(folder / "labels.npy", mmap_mode="c"),
-        np.load(folder / "contours.npy", mmap_mode="c"),
-        json.loads((folder / "names.json").read_text()),
-    )
+        maps = [np.load(folder / f"{part}.npy", mmap_mode="c") for part in PARTS]
+        cached = Cached(folder, *maps, index["names"], index["digests"])
+    except PermissionError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # NumPy's and JSON's ways to say so
+        return str(error).splitlines()[0]
+    n = len(samples)
+    if [part.shape for part in maps] != [(n, 3, *size), (n, *size), (n, *size)] or len(cached.digests) != n:
+        return "its files are of another size"
+    return cached if cached.names == [sample.name for sample in samples] else "it has other names"
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the lock of a folder while it is made. While another process holds it, wait, as long as that one gets on.
+
+    A process shows that it gets on by touching FOLDER.tmp.
+
+    Yields:
+        whether another process was waited for.
+
+    Raises:
+        UserError: no sign of life for `PATIENCE`; it names the file of the lock.
+    """
+    path, began, waited = Path(f"{folder}.lock"), time.time(), False
+    lock = filelock.FileLock(path)
+    while True:
+        try:
+            lock.acquire(timeout=1.0 if waited else 0)
+            break
+        except filelock.Timeout:
+            if not waited:
+                say(f"waiting for another process that makes {folder} (its lock is {path})")
+            waited, sign = True, began
+            with contextlib.suppress(OSError):
+                sign = max(began, Path(f"{folder}.tmp").stat().st_mtime)
+            if time.time() - sign > PATIENCE:
+                raise UserError(
+                    f"{path}: another process holds this lock, and has not got on for {PATIENCE:g} s; if there is no "
+                    "such process, delete the file"
+                ) from None
+    try:
+        yield waited
+    finally:
+        lock.release()
+
+
+def _say_older(folder: Path, say: Callable[[str], None]) -> None:
+    """Name the caches of the same folder of data, split and size, which nothing may need any more."""
+    source, older = (folder / "source.txt").read_text(), []
+    for other in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/source.txt")):
+        if other.parent != folder and other.read_text() == source:
+            older.append(str(other.parent))
+    if older:
+        say(f"older caches of {source}, to be deleted unless something needs them: {', '.join(older)}")
 
 
 def not_writable(error: OSError, cache_dir: Path) -> UserError:
@@ -97,14 +188,15 @@ def not_writable(error: OSError, cache_dir: Path) -> UserError:
     )
 
 
-def _digest(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
-    files = [
-        (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
-        for sample in samples
-        for path in (sample.image, sample.label, sample.instance)
-        if path
-        for stat in (path.stat(),)
-    ]
+def _key(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
+    def described(path: Path) -> tuple:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing" + (", a link to nothing" if path.is_symlink() else "")) from None
+        return str(path.parent.resolve() / path.name), stat.st_size, stat.st_mtime_ns
+
+    files = [described(path) for s in samples for path in (s.image, s.label, s.instance) if path]
     key = [VERSION, layout.name, sorted(layout.classes.from_file.items()), size, files]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -125,6 +217,7 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
         images = _new(temporary / "images.npy", (len(samples), 3, height, width))
         labels = _new(temporary / "labels.npy", (len(samples), height, width))
         borders = _new(temporary / "contours.npy", (len(samples), height, width))
+        found: list = [None] * len(samples)
 
         def convert(i: int) -> str | None:
             try:
@@ -134,6 +227,8 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             images[i] = resize_image(image, size)
             labels[i], instances = (resize_truth(part, size) for part in truth)
             borders[i] = contours(labels[i], instances)
+            found[i] = digests(images[i], labels[i], borders[i])
+            os.utime(temporary)  # a sign of life, see `locked`
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -142,7 +237,9 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             raise UserError(f"{len(problems)} of {len(samples)} samples cannot be used:\n  " + "\n  ".join(problems))
         for written in (images, labels, borders):
             written.flush()
-        (temporary / "names.json").write_text(json.dumps([sample.name for sample in samples]))
+        index = {"names": [sample.name for sample in samples], "digests": found}
+        (temporary / "index.json").write_text(json.dumps(index))
+        (temporary / "source.txt").write_text(os.path.commonpath([s.image.parent.resolve() for s in samples]))
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -180,4 +277,16 @@ def contours(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
 
 
 def _new(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    """A file of zeros, mapped. Its space is taken on the disk first: a map on a full disk would end the process."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        start, length = file.tell(), int(np.prod(shape))
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), start, length)
+        except (AttributeError, OSError) as error:  # not everywhere: write zeros
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            for done in range(0, length, 2**24):
+                file.write(bytes(min(2**24, length - done)))
+    return np.load(path, mmap_mode="r+")

@@ -23,6 +23,7 @@ class Split(NamedTuple):
         indices: (m,) int64, which of the n belong to this run.
         names: m names.
         contours: (n, H, W) uint8, 1 on borders between instances, where they are wanted.
+        digest: of all that, see `Cached.digest`.
     """
 
     images: Tensor
@@ -30,6 +31,7 @@ class Split(NamedTuple):
     indices: np.ndarray
     names: list[str]
     contours: Tensor | None = None
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -47,7 +49,7 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
 
     Its contours are opened only if they are wanted.
     """
-    names = [cached.names[i] for i in indices]
+    names, digest = [cached.names[i] for i in indices], cached.digest(indices, contours)
     parts = [cached.images, cached.labels, cached.contours][: 2 + contours]
     parts = [torch.from_numpy(part) for part in parts]
     if device.type == "cuda":
@@ -56,7 +58,7 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
             parts = [part[indices].to(device) for part in parts]
             indices = np.arange(len(indices))
     images, labels, *borders = parts
-    return Split(images, labels, indices, names, *borders)
+    return Split(images, labels, indices, names, *borders, digest=digest)
 
 
 def histogram(split: Split, num_classes: int) -> list[int]:

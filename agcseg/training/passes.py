@@ -38,8 +38,9 @@ def backward(
 
 @torch.no_grad()
 def validate(model: nn.Module, val: Split, weights, num_classes: int, config: Config, device):
-    """Validation losses and the figures of `agcseg.metrics`; the same image by image; predictions of the images that
-    are shown; and of those, where the network finds contours, the contour's probabilities, else None.
+    """Validation losses, means over the images with a labelled pixel, and the figures of `agcseg.metrics`; the same
+    image by image; predictions of the images that are shown; and of those, where the network finds contours, the
+    contour's probabilities, else None.
 
     Several processes take every so-manyth image each, none of them twice, and put the answers together."""
     first, step = parallel.rank(), parallel.world()
@@ -67,7 +68,9 @@ def validate(model: nn.Module, val: Split, weights, num_classes: int, config: Co
     shown, shown_contours = ([s for s in parallel.gather(some) if s is not None] for some in (shown, shown_contours))
     wrong, labelled = table[:, 0], table[:, 1]
     losses = table[:, 2:4] if contours else table[:, 2:3]
-    figures = loss_figures("val", losses) | metrics.summarise(wrong, labelled, parallel.add(confusion).cpu())
+    figures = loss_figures("val", losses[labelled > 0]) | metrics.summarise(
+        wrong, labelled, parallel.add(confusion).cpu()
+    )
     if contours:
         figures |= metrics.summarise_contours(table[:, 4], table[:, 5:])
     rows = zip(val.names, wrong.tolist(), labelled.tolist(), losses.sum(1).tolist(), strict=True)

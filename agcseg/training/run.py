@@ -1,5 +1,6 @@
 """One training run, from its configuration to its result, top to bottom."""
 
+import contextlib
 import logging
 import math
 import os
@@ -95,6 +96,8 @@ def run(config: Config, folder: Path) -> dict:
         raise UserError(f"minibatch={config.minibatch}: there are {len(train)} training images")
     if processes > len(val):
         raise UserError(f"{processes} processes cannot share {len(val)} validation images; start fewer")
+    if not any(histogram(val, len(layout.classes))):
+        raise UserError(f"{layout.title}: the labels of the {len(val)} validation images hold no labelled pixel")
     arguments = config, folder, device, layout, train, val, cached["train"].folder
     if not first:  # waits until process 0 has the lock
         return parallel.from_first(None) or _train(*arguments)
@@ -180,8 +183,9 @@ def _train(config: Config, folder: Path, device, layout, train: Split, val: Spli
     if first:
         write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
         beside_cache = f"{cache_folder.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
-        for path in (folder / "class_weights.json", cache_folder.with_name(beside_cache)):
-            write_json(path, weighting)
+        write_json(folder / "class_weights.json", weighting)
+        with contextlib.suppress(OSError):  # the cache may lie on a disk that is only read
+            write_json(cache_folder.with_name(beside_cache), weighting)
 
     log.info(
         f"{folder}\n  {config.network.name}, width {config.network.width:g}, norm {config.norm.name}, init "

@@ -113,6 +113,7 @@ class Config:
     deterministic: bool = False
     sync_bn: bool = False
     resume: bool = True
+    save_every: float = 60.0
     images: int = 4
 
 
@@ -185,6 +186,7 @@ def check(config: Config) -> None:
     noisy = config.noise.gain or shift
     expect(not (config.compile and (noisy or config.gems.mode)), "compile=true: not together with noise or gems")
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
+    expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     expect(config.images >= 0, f"images={config.images}: must not be negative")
     expect(bool(config.name), "name: must not be empty")
     for key in ("name", "run"):

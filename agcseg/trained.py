@@ -15,7 +15,7 @@ from agcseg.data.labels import Classes
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError
 from agcseg.networks import build
-from agcseg.record.files import load_checkpoint
+from agcseg.record.checkpoint import load_checkpoint
 
 
 class Trained(NamedTuple):

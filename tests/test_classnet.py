@@ -170,7 +170,7 @@ def test_a_run(tiny, tmp_path):
     assert result["val_contour_loss"] == pytest.approx(1 - result["contour_iou"])  # every image here has a contour
     with Image.open(tmp_path / "run/predictions.png") as picture:
         assert picture.size == (5 * 130, 4 * 130)
-    from agcseg.record.files import layer_rows
+    from agcseg.record.tables import layer_rows
 
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["network"]
     network = agcseg.build("classnet", width=0.05)

@@ -4,11 +4,14 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import agcseg.losses
 import agcseg.record.folder
@@ -17,7 +20,9 @@ import agcseg.training.run
 from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
+from agcseg.networks import build
 from agcseg.training.run import run
+from agcseg.training.state import begin, parameter_groups
 
 replace = dataclasses.replace
 
@@ -27,9 +32,11 @@ def rows(folder, name="metrics.csv"):
         return list(csv.DictReader(file))
 
 
+TIMED = ("images_per_second", "seconds", "peak_memory_mib")
+
+
 def untimed(folder):
-    timed = {"images_per_second", "seconds", "peak_memory_mib"}
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows(folder)]
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows(folder)]
 
 
 def weights(folder):
@@ -90,42 +97,89 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["samples"]  # no extra TensorBoard run
 
 
-class Killed(BaseException):
-    pass
+def points(folder):
+    """Every point that TensorBoard shows, but for times."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    timed = ("run/images_per_second", "run/seconds", "run/peak_memory_mib")
+    found = {
+        tag: [(e.step, None if tag in timed else e.value) for e in events.Scalars(tag)] for tag in events.scalars.Keys()
+    }
+    found |= {tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)] for tag in events.images.Keys()}
+    found |= {tag: [(e.step, str(e.tensor_proto)) for e in events.Tensors(tag)] for tag in events.tensors.Keys()}
+    return {tag: sorted(map(repr, points)) for tag, points in found.items()}
 
 
-@pytest.mark.parametrize("norm", ["agc", "bn"])
-@pytest.mark.parametrize("after", ["_logits", "write_tables", "save_checkpoint"])
-def test_interrupted_and_straight_runs_are_bit_identical(tiny, tmp_path, monkeypatch, norm, after):
-    """Kill the run in the middle of its third epoch, or on either side of writing its checkpoint."""
-    config = tiny(norm, epochs=4, minibatch=2)
-    run(config, tmp_path / "straight")
-    place = agcseg.training.passes if after == "_logits" else agcseg.training.run
-    original, calls = getattr(place, after), 0
+def files(folder):
+    """Everything that a run left in its folder, but for times: what is in each file, and the points of TensorBoard."""
+    left = {}
+    for path in folder.iterdir():
+        if path.name == "last.pt":
+            saved = torch.load(path, weights_only=True)
+            for row in saved["rows"]:
+                row.update(dict.fromkeys(TIMED))
+            left["last.pt"] = {key: repr(value) for key, value in saved.items() if key not in ("events", "network")}
+            left["weights"] = [(key, value.numpy().tobytes()) for key, value in saved["network"].items()]
+            left["momentum"] = [s["momentum_buffer"].numpy().tobytes() for s in saved["optimizer"]["state"].values()]
+        elif path.name == "metrics.csv":
+            left[path.name] = untimed(folder)
+        elif path.name == "result.json":
+            left[path.name] = json.loads(path.read_text()) | dict.fromkeys(TIMED)
+        elif path.is_file() and "tfevents" not in path.name and path.name not in ("run.log", ".lock"):
+            left[path.name] = path.read_bytes()
+    return left | {"points": points(folder), "points by samples": points(folder / "samples")}
 
-    def killed(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == (15 if after == "_logits" else 3):
-            raise Killed
-        return original(*arguments)
+
+@pytest.mark.parametrize(
+    ("network", "norm", "epochs", "save_every"),
+    [("segnet", "agc", 3, 0), ("segnet", "bn", 3, 1e9), ("classnet", "agc", 2, 0)],
+)
+def test_killed_at_any_write_and_straight_runs_are_equal(
+    tiny, tmp_path, monkeypatch, network, norm, epochs, save_every
+):
+    """Whatever is on the disk at any moment between two writes goes on to what a straight run leaves."""
+    config = tiny(norm, network=NetworkConfig(network, width=0.02), epochs=epochs, minibatch=1, save_every=save_every)
+    config.data.size = [32, 64] if network == "segnet" else [128, 128]
+    config.data.train_images, config.data.val_images = 2, 1
+    folder, moments = tmp_path / "straight", []
+
+    def watched(original):
+        def write(*arguments, **options):
+            moments.append(shutil.copytree(folder, tmp_path / str(len(moments))))
+            return original(*arguments, **options)
+
+        return write
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, after, killed)
+        patch.setattr(os, "replace", watched(os.replace))
+        patch.setattr(SummaryWriter, "flush", watched(SummaryWriter.flush))
+        run(config, folder)
+    straight = files(folder)
+    saved = {len(torch.load(moment / "last.pt")["rows"]) for moment in moments if (moment / "last.pt").exists()}
+    assert saved == ({1, 3} if save_every else set(range(1, epochs + 1))) and len(moments) > 20
+    for moment in moments:
+        assert run(config, moment)["epochs"] == epochs
+        left = files(moment)
+        assert left.keys() == straight.keys()  # no half-written file either
+        assert [key for key in left if left[key] != straight[key]] == []
+
+
+def test_a_kill_within_an_epoch_costs_that_epoch(tiny, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        raise Killed
+
+    config = tiny(epochs=3)
+    run(config, tmp_path / "straight")
+    run(replace(config, epochs=1), tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(agcseg.training.run, "validate", killed)
         with pytest.raises(Killed):
             run(config, tmp_path / "broken")
     assert not (tmp_path / "broken/result.json").exists()
-    assert run(config, tmp_path / "broken")["epochs"] == 4
-    straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
-    assert straight.keys() == broken.keys() and all(torch.equal(straight[key], broken[key]) for key in straight)
-    assert untimed(tmp_path / "straight") == untimed(tmp_path / "broken")
-    for name in ("steps.npy", "layers.csv", "images.csv", *(["lambdas.npz"] if norm == "agc" else [])):
-        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
-    for part, tag in (("", "curves/val_loss"), ("samples", "curves_by_samples/val_loss")):
-        folders = (tmp_path / "straight" / part, tmp_path / "broken" / part)
-        straight, broken = (scalars(folder, tag) for folder in folders)
-        assert set(broken) <= set(straight) and len(broken) == len(set(broken))
-        assert len(broken) >= len(straight) - (after == "write_tables")
+    run(config, tmp_path / "broken")
+    assert files(tmp_path / "broken") == files(tmp_path / "straight")
 
 
 def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, monkeypatch):
@@ -173,6 +227,23 @@ def test_momentum_match_reaches_the_optimiser(tiny, tmp_path):
     run(tiny(minibatch=1, epochs=1, momentum_match=8), tmp_path / "run")
     group = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["momentum"], group["lr"]) == pytest.approx((0.9875, 0.0025))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_momentum_follows_its_weights_into_another_memory_layout(tiny, before):
+    """A fused optimiser pairs weights and buffers as they lie in memory."""
+    states, images = [], torch.randn(2, 3, 32, 64)
+    for channels_last in (before, before, not before):
+        state = begin(tiny(momentum=0.9, channels_last=channels_last), 19, 4, torch.device("cpu"))
+        if states:
+            state.load(states[0].saved() | {"rows": []})
+        for step in range(1 if states else 2):
+            state.optimizer.zero_grad()
+            (state.network(images) * torch.linspace(0, 1 + step, 19).view(-1, 1, 1)).mean().backward()
+            state.optimizer.step()
+        states.append(state)
+    _, straight, other = (dict(state.network.named_parameters()) for state in states)
+    assert all(torch.allclose(straight[key], other[key], atol=1e-5, rtol=1e-3) for key in straight)
 
 
 def test_same_seed_same_run_other_seed_other_run(tiny, tmp_path):
@@ -280,7 +351,7 @@ def test_divergence_keeps_the_last_finite_epoch(tiny, tmp_path, monkeypatch):
 def test_accumulation_gives_the_same_gradient(tiny, accumulate):
     """Although the images have different numbers of labelled pixels, one has none, and classes weigh differently."""
     torch.manual_seed(0)
-    network = agcseg.training.run.build("segnet", norm="agc", width=0.1, init="he_centered").double()
+    network = build("segnet", norm="agc", width=0.1, init="he_centered").double()
     images, labels = torch.randn(4, 3, 32, 64).double(), torch.randint(0, 19, (4, 32, 64)).byte()
     labels[0, :20] = 255
     labels[3] = 255
@@ -294,8 +365,8 @@ def test_accumulation_gives_the_same_gradient(tiny, accumulate):
 
 
 def test_weight_decay_spares_the_gains(tiny, tmp_path):
-    network = agcseg.training.run.build("segnet", norm="agc", width=0.1)
-    filters, vectors = agcseg.training.run._parameter_groups(network, 0.1)
+    network = build("segnet", norm="agc", width=0.1)
+    filters, vectors = parameter_groups(network, 0.1)
     assert filters["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
     assert len(filters["params"]) == 26 and len(vectors["params"]) == 25 * 3 + 1
 

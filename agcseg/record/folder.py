@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.nn import NORMS
-from agcseg.record.files import tell
+from agcseg.record.files import remove_parts, tell
 
 log = logging.getLogger("agcseg")
 
@@ -20,8 +20,8 @@ LOCK_WAIT = 60.0  # seconds for another process to leave the folder: after a sto
 
 # What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
 FREE = {
-    "name", "run", "epochs", "device", "channels_last", "compile", "resume", "images", "data.root", "data.cache_dir",
-    "network.implementation", "network.options.recompute",
+    "name", "run", "epochs", "device", "channels_last", "compile", "resume", "save_every", "images", "data.root",
+    "data.cache_dir", "network.implementation", "network.options.recompute",
 }  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def lock(folder: Path) -> filelock.FileLock:
             held.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
             raise UserError(f"{folder}: another process is training this run") from None
+    remove_parts(folder)
     return held
 
 

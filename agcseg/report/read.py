@@ -26,8 +26,8 @@ NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes",
 SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS"}
 # Settings that change nothing that is computed: where things lie, and how fast they go.
 FREE = {
-    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "images", "data.root",
-    "data.cache_dir", "network.implementation", "network.options.recompute",
+    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images",
+    "data.root", "data.cache_dir", "network.implementation", "network.options.recompute",
 }  # fmt: skip
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib""".split()

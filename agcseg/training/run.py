@@ -2,49 +2,68 @@
 
 import contextlib
 import logging
-import math
 import os
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data, streets_root
+from agcseg.data.layout import Layout
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
-from agcseg.networks import NETWORKS, build
-from agcseg.nn import GEMS, add_noise, layer_signals
-from agcseg.record.files import (
-    TensorBoard,
-    lambdas_of,
-    layer_rows,
-    load_checkpoint,
-    picture,
-    save_checkpoint,
-    tell,
-    write,
-    write_csv,
-    write_json,
-    write_picture,
-    write_tables,
-)
+from agcseg.networks import NETWORKS
+from agcseg.nn import layer_signals
+from agcseg.record.checkpoint import load_checkpoint
+from agcseg.record.files import tell, write, write_json
 from agcseg.record.folder import check_same_run, finished, free_folder, lock, result_line
+from agcseg.record.pictures import picture
+from agcseg.record.record import Record
+from agcseg.record.tables import lambdas_of, layer_rows
 from agcseg.trained import start_from
 from agcseg.training import parallel
+from agcseg.training.lines import Bar, divergence, introduction, progress
 from agcseg.training.machine import device_name, find_device, peak_memory, reset_peak_memory
 from agcseg.training.passes import backward, constant_error, loss_figures, shown_images, validate
+from agcseg.training.state import State, begin
 
 log = logging.getLogger("agcseg")
 
 SIGNAL_IMAGES = 4  # validation images by which the layers are described after each epoch
+
+
+class Data(NamedTuple):
+    """What a run trains on and is judged by.
+
+    Attributes:
+        pixels: of each class in the training images.
+        weighting: of the classes in the loss, see `agcseg.class_weights.describe`.
+        weights: the same as a tensor, (classes,), on the device.
+        constant_error: validation pixel error of always naming the commonest class.
+        beside_cache: where a copy of the weighting lies.
+    """
+
+    layout: Layout
+    train: Split
+    val: Split
+    pixels: list[int]
+    weighting: dict
+    weights: Tensor
+    constant_error: float
+    beside_cache: Path
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
 
 
 def run(config: Config, folder: Path) -> dict:
@@ -52,8 +71,9 @@ def run(config: Config, folder: Path) -> dict:
 
     The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), layers.csv (signals,
     γ and λ of every layer, epoch by epoch), lambdas.npz (every λ), steps.npy (the loss of every step), images.csv (the
-    last validation, image by image), TensorBoard events, predictions.png, last.pt (after every epoch; all that a
-    continuation needs) and, at the end, result.json.
+    last validation, image by image), TensorBoard events, predictions.png, last.pt (all that a continuation needs; after
+    the first and the last epoch, and after every one that ends `config.save_every` seconds or more after the last time)
+    and, at the end, result.json.
 
     Started by torchrun, the processes train one network together: `config.minibatch` images per step are shared out
     among them, and so are the validation images, none of them twice. Process 0 writes the folder.
@@ -81,12 +101,171 @@ def run(config: Config, folder: Path) -> dict:
     result = parallel.from_first(finished(config, folder) if first else None)
     if result:
         return result
-    data = config.data
-    root = data.root
+    opened = _open(config, device)
+    with _at_work(folder) if first else contextlib.nullcontext():  # the others wait here until process 0 is in
+        # Another process may have finished it before it gave the lock away.
+        result = parallel.from_first(finished(config, folder) if first else None)
+        if result:
+            return result
+        with _deterministic(config.deterministic):
+            return _train(config, folder, device, _measured(config, device, *opened))
+
+
+def _train(config: Config, folder: Path, device: torch.device, data: Data) -> dict:
+    state = begin(config, len(data.layout.classes), len(data.train) // config.minibatch, device)
+    first = parallel.rank() == 0
+    watched = next(iter(minibatches(data.val, SIGNAL_IMAGES, device)))[0] if first else None
+    about = _about(config, data)
+    sizes = _go_on_or_start(config, folder, state, about, watched)
+    log.info(introduction(config, folder, state, data, device))
+    model, trained = _wrapped(state.network, config)
+    reset_peak_memory(device)
+    reason = ""
+    with contextlib.closing(Bar(config, state)) as bar, _recorded(config, folder, state, data, about, sizes) as record:
+        try:
+            while state.epoch < config.epochs:
+                shown = _epoch(config, state, data, model, trained, device, bar)
+                if record:
+                    _describe_layers(state, state.epoch, watched)
+                    reset_peak_memory(device)  # looking at the layers is not training
+                    record.add(state, _painted(config, state, data, *shown), state.epoch == config.epochs)
+                    tell("running", state.epoch, config.epochs, state.rows[-1])
+                    bar.end_epoch(config.epochs)
+        except Diverged as diverged:
+            reason = str(diverged)
+        result = _result(state, data, device, reason)
+        if record:
+            record.end(state, result, _hparams(config))
+            tell(result["state"], state.epoch, config.epochs, result, reason)
+    parallel.wait()
+    log.info(result_line(folder, result))
+    return result
+
+
+def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -> tuple[Tensor | None, Tensor | None]:
+    """Train and validate once more, and remember it in `state`.
+
+    Returns:
+        predictions of the validation images that are shown, and their contours.
+    """
+    start = time.perf_counter()
+    losses, lambdas, gradient_norm = _steps(config, state, data, trained, device, bar)
+    trained_at = time.perf_counter()
+    state.network.eval()
+    parallel.share_buffers(state.network)
+    num_classes = len(data.layout.classes)
+    figures, images, *shown = validate(model, data.val, data.weights, num_classes, config, device)
+    iou, epoch, samples = figures.pop("iou"), state.epoch + 1, len(losses) * config.minibatch
+    row = {
+        "epoch": epoch,
+        "samples": state.last("samples") + samples,
+        "rate": rate(config),
+        **loss_figures("train", losses),
+        **figures,
+        "gradient_norm": gradient_norm.item() / len(losses),
+        "images_per_second": samples / (trained_at - start),
+        "seconds": state.last("seconds") + time.perf_counter() - start,
+        "peak_memory_mib": max(state.last("peak_memory_mib"), peak_memory(device)),
+        **{f"iou/{name}": value for name, value in zip(data.layout.classes.names, iou, strict=True)},
+    }
+    state.lambdas |= {step: at.cpu() for step, at in lambdas.items()}
+    state.losses = torch.cat([state.losses, losses.float().cpu().unsqueeze(0)])
+    if state.noise:
+        state.noises = parallel.gather([state.noise.get_state()])  # one per process
+    state.images = images
+    state.rows.append(row)
+    return tuple(shown)
+
+
+def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """All steps of an epoch.
+
+    Returns:
+        the losses, (steps, parts); λ after the steps where it is kept, the last one among them, see
+        `agcseg.record.tables.lambdas_of`; the sum of the gradient's norms. All on the device: nothing waits for it but
+        a look at the loss now and then.
+
+    Raises:
+        Diverged: the loss is no longer finite.
+    """
+    network, gems, epoch = state.network.train(), state.gems, state.epoch + 1
+    losses = torch.empty(state.losses.shape[1:], device=device)
+    lambdas, gradient_norm, looked = {}, torch.zeros((), device=device), 0
+    order, share = (config.seed, epoch), (parallel.rank(), parallel.world())
+    shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share)
+    for step, (images, labels, *contours) in enumerate(shuffled, 1):
+        state.optimizer.zero_grad()
+        losses[step - 1] = backward(trained, images, labels, data.weights, config, *contours)
+        if gems:
+            for counts in (*gems.active.values(), *gems.points.values()):
+                parallel.add(counts)
+            gems.scale_gradients()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        gradient_norm += torch.nn.utils.get_total_norm(gradients)
+        state.optimizer.step()
+        if step == len(losses) or (epoch == 1 and step.bit_count() == 1):  # λ moves most at first
+            lambdas[(epoch - 1) * len(losses) + step] = lambdas_of(network)
+        # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
+        if device.type == "cpu" or step % 50 == 0 or step == len(losses):
+            new = parallel.add(losses[looked:step]).div_(parallel.world())
+            finite = new.isfinite().all(1)
+            if not finite.all():
+                bad = looked + int((~finite).nonzero()[0])
+                raise Diverged(divergence(epoch, bad, losses.sum(1), state.rows))
+            looked = step
+            bar.tell(epoch, new[-1].sum().item())
+        bar.update()
+    return losses, lambdas, gradient_norm
+
+
+def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, watched: Tensor | None) -> dict | None:
+    """Bring the state to where the run stands.
+
+    Returns:
+        the sizes of the event files there, for `Record`.
+    """
+    path = folder / "last.pt"
+    if path.exists():
+        saved = load_checkpoint(path)
+        check_same_run(saved, about["config"], about["histogram"], folder)
+        state.load(saved)
+        return saved.get("events")
+    if config.init_from:
+        log.info(start_from(state.network, config.init_from, config.norm.name))
+    state.lambdas = {0: lambdas_of(state.network).cpu()}
+    if watched is not None:
+        _describe_layers(state, 0, watched)
+    return {}
+
+
+def _describe_layers(state: State, epoch: int, watched: Tensor) -> None:
+    signals, factors = layer_signals(state.network, watched), state.gems and (state.gems.factors if epoch else {})
+    state.layers += layer_rows(state.network, epoch, signals, factors)
+
+
+def _recorded(config, folder: Path, state: State, data: Data, about: dict, sizes: dict | None):
+    """The record, which process 0 keeps; None in the others."""
+    if parallel.rank() > 0:
+        return contextlib.nullcontext()
+    write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(about["config"])))
+    write_json(folder / "class_weights.json", data.weighting)
+    with contextlib.suppress(OSError):  # a copy for people, where they may write
+        write_json(data.beside_cache, data.weighting)
+    panels = panels_of(config.network.name, config.norm.name, config.minibatch, rate(config))
+    return contextlib.closing(Record(folder, state, about, panels, config.save_every, sizes))
+
+
+def _open(config: Config, device: torch.device) -> tuple[Layout, Split, Split, Path]:
+    """Both splits, as much of them as the run wants, and where their cache lies.
+
+    Raises:
+        UserError: the data cannot be used, or are too few.
+    """
+    data, processes, root = config.data, parallel.world(), config.data.root
     if root is None:
         streets = data.streets
         root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed, log.info)
-    layout, cached = open_data(data.name, root, tuple(data.size), data.cache_dir, _progress, log.info)
+    layout, cached = open_data(data.name, root, tuple(data.size), data.cache_dir, progress, log.info)
     contours = NETWORKS[config.network.name].contour
     train, val = (
         open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device, contours)
@@ -98,237 +277,7 @@ def run(config: Config, folder: Path) -> dict:
         raise UserError(f"{processes} processes cannot share {len(val)} validation images; start fewer")
     if not any(histogram(val, len(layout.classes))):
         raise UserError(f"{layout.title}: the labels of the {len(val)} validation images hold no labelled pixel")
-    arguments = config, folder, device, layout, train, val, cached["train"].folder
-    if not first:  # waits until process 0 has the lock
-        return parallel.from_first(None) or _train(*arguments)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
-    log_file = logging.FileHandler(folder / "run.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(log_file)
-    try:
-        # Another process may have finished it before it gave the lock away.
-        return parallel.from_first(finished(config, folder)) or _train(*arguments)
-    finally:
-        log.removeHandler(log_file)
-        log_file.close()
-        held.release()
-
-
-def _train(config: Config, folder: Path, device, layout, train: Split, val: Split, cache_folder: Path) -> dict:
-    classes, num_classes, settings = layout.classes, len(layout.classes), asdict(config)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(config.deterministic)
-    share, first = (parallel.rank(), parallel.world()), parallel.rank() == 0
-
-    pixels = histogram(train, num_classes)
-    weighting = class_weights.describe(classes.names, pixels, config.class_weights)
-    weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
-    constant = constant_error(max(range(num_classes), key=pixels.__getitem__), val, num_classes, device)
-
-    torch.manual_seed(config.seed)
-    network = build(
-        config.network.name,
-        norm=config.norm.name,
-        norm_options=config.norm.options,
-        num_classes=num_classes,
-        width=config.network.width,
-        init=config.network.init,
-        implementation=config.network.implementation,
-        **config.network.options,
-    ).to(device)
-    if config.init_from and not (folder / "last.pt").exists():
-        log.info(start_from(network, config.init_from, config.norm.name))
-    if config.channels_last:
-        network.to(memory_format=torch.channels_last)
-    if config.sync_bn and parallel.world() > 1:
-        if device.type == "cpu":
-            raise UserError("sync_bn=true: torch synchronises batch normalisation on GPUs only")
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    noise = gems = None
-    if config.noise.gain or config.noise.shift:
-        noise = add_noise(network, config.noise.gain, config.noise.shift, config.seed * share[1] + share[0])
-    if config.gems.mode:
-        gems = GEMS(network, **asdict(config.gems))
-    learning_rate = rate(config)
-    groups = _parameter_groups(network, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, learning_rate, momentum(config), fused=True)
-
-    steps, parts = len(train) // config.minibatch, 1 + network.contour  # parts of the loss: classes, contour
-    watched = next(iter(minibatches(val, SIGNAL_IMAGES, device)))[0] if first else None
-    epoch, samples, seconds, rows, peak = 0, 0, 0.0, [], 0.0
-    layers = layer_rows(network, 0, layer_signals(network, watched), gems and {}) if first else []
-    lambdas = {0: lambdas_of(network)}  # by the number of steps
-    history = torch.empty(0, steps, parts)  # of `losses`, epoch by epoch
-    if (folder / "last.pt").exists():
-        saved = load_checkpoint(folder / "last.pt")
-        check_same_run(saved, settings, pixels, folder)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        if noise:
-            noise.set_state(saved["noise"][share[0] % len(saved["noise"])])
-        if gems:
-            gems.averages = saved.get("gems") or {}
-        epoch, samples, rows = saved["epoch"], saved["samples"], saved["rows"]
-        layers, lambdas = saved.get("layers", []), saved.get("lambdas", {})  # a run may be older than these
-        history = saved.get("losses", torch.full((epoch, steps, parts), torch.nan))
-        seconds = rows[-1]["seconds"]
-        if first:
-            write_tables(folder, rows, layers, history, lambdas)
-            (folder / "result.json").unlink(missing_ok=True)  # of fewer epochs
-    if first:
-        write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
-        beside_cache = f"{cache_folder.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
-        write_json(folder / "class_weights.json", weighting)
-        with contextlib.suppress(OSError):  # the cache may lie on a disk that is only read
-            write_json(cache_folder.with_name(beside_cache), weighting)
-
-    log.info(
-        f"{folder}\n  {config.network.name}, width {config.network.width:g}, norm {config.norm.name}, init "
-        f"{config.network.init}, {sum(p.numel() for p in network.parameters()):,} parameters, {config.precision} on "
-        f"{device_name(device)}\n"
-        f"  {layout.title}: {len(train)} training and {len(val)} validation images of {config.data.size[0]}x"
-        f"{config.data.size[1]}; always naming the commonest class errs on {constant:.1%}\n"
-        f"  minibatch {config.minibatch}, rate {learning_rate:g}, momentum {momentum(config):g}, seed {config.seed}, "
-        f"epochs {epoch + 1} to {config.epochs}"
-    )
-    log.info(f"  class weights ({weighting['formula']}): " + _weights_line(weighting))
-    if parallel.world() > 1:
-        log.info(f"  {_sharing(config)}")
-
-    model = torch.compile(network) if config.compile else network
-    trained = model
-    if parallel.world() > 1:
-        idle_head = network.contour and config.contour.loss == "class_iou"  # of the contour: it gets no gradient
-        trained = nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, find_unused_parameters=idle_head
-        )
-    panels = panels_of(config.network.name, config.norm.name, config.minibatch, learning_rate)
-    board = TensorBoard(folder, epoch, samples, panels) if first else None
-    hidden = not first or not sys.stderr.isatty()
-    bar = tqdm(total=config.epochs * steps, initial=epoch * steps, unit="step", disable=hidden)
-    state, reason = "finished", ""
-    losses = torch.empty(steps, parts, device=device)
-    reset_peak_memory(device)
-    try:
-        while epoch < config.epochs:
-            epoch += 1
-            start = time.perf_counter()
-            network.train()
-            gradient_norm, checked, bad = torch.zeros((), device=device), 0, None
-            order = (config.seed, epoch)
-            shuffled = minibatches(train, config.minibatch, device, order, config.data.flip, share)
-            for step, (images, labels, *contours) in enumerate(shuffled):
-                optimizer.zero_grad()
-                losses[step] = backward(trained, images, labels, weights, config, *contours)
-                parallel.add(losses[step]).div_(parallel.world())
-                if gems:
-                    for counts in (*gems.active.values(), *gems.points.values()):
-                        parallel.add(counts)
-                    gems.scale_gradients()
-                gradients = [p.grad for p in network.parameters() if p.grad is not None]
-                gradient_norm += torch.nn.utils.get_total_norm(gradients)
-                optimizer.step()
-                if epoch == 1 and (step + 1).bit_count() == 1:  # λ moves most at first
-                    lambdas[step + 1] = lambdas_of(network)
-                # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
-                if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
-                    finite = losses[checked : step + 1].isfinite().all(1)
-                    if not finite.all():
-                        bad = checked + int((~finite).nonzero()[0])
-                        break
-                    checked = step + 1
-                    bar.set_postfix(_postfix(epoch, losses[step].sum().item(), rows), refresh=False)
-                bar.update()
-            if bad is not None:
-                state, reason = "diverged", _divergence(epoch, bad, steps, losses.sum(1), rows)
-                break
-            train_seconds = time.perf_counter() - start
-            samples += steps * config.minibatch
-            network.eval()
-            parallel.share_buffers(network)
-            figures, by_image, shown, shown_contours = validate(model, val, weights, num_classes, config, device)
-            seconds += time.perf_counter() - start
-            iou, peak = figures.pop("iou"), max(peak, peak_memory(device))
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "samples": samples,
-                    "rate": learning_rate,
-                    **loss_figures("train", losses),
-                    **figures,
-                    "gradient_norm": gradient_norm.item() / steps,
-                    "images_per_second": steps * config.minibatch / train_seconds,
-                    "seconds": seconds,
-                    "peak_memory_mib": peak,
-                    **{f"iou/{name}": value for name, value in zip(classes.names, iou, strict=True)},
-                }
-            )
-            lambdas[epoch * steps] = lambdas_of(network)
-            history = torch.cat([history, losses.float().cpu().unsqueeze(0)])
-            noises = parallel.gather([noise.get_state()]) if noise else None  # one per process
-            if not first:
-                continue
-            layers += layer_rows(network, epoch, layer_signals(network, watched), gems and gems.factors)
-            reset_peak_memory(device)  # looking at the layers is not training
-            painted = None
-            if shown is not None and (epoch == config.epochs or epoch.bit_count() == 1):  # 1, 2, 4, 8, ... and last
-                chosen = torch.from_numpy(val.indices[shown_images(val, config.images)])
-                painted = picture(val.images[chosen], shown, val.labels[chosen], classes.palette(), shown_contours)
-                write_picture(folder / "predictions.png", painted)
-            save_checkpoint(
-                folder / "last.pt",
-                {
-                    "epoch": epoch,
-                    "samples": samples,
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "noise": noises,
-                    "gems": gems and gems.averages,
-                    "rows": rows,
-                    "layers": layers,
-                    "lambdas": lambdas,
-                    "losses": history,
-                    "config": settings,
-                    "classes": list(classes.names),
-                    "histogram": pixels,
-                    "normalisation": {"mean": list(MEAN), "std": list(STD)},
-                },
-            )
-            write_tables(folder, rows, layers, history, lambdas)
-            write_csv(folder / "images.csv", by_image)
-            board.log(rows[-1], [row for row in layers if row["epoch"] == epoch], painted)
-            tell("running", epoch, config.epochs, rows[-1])
-            bar.set_postfix(_postfix(epoch, rows[-1]["train_loss"], rows))
-            (log.debug if not bar.disable else log.info)(_epoch_line(rows[-1], config.epochs))
-        last = {key: value for key, value in (rows[-1] if rows else {}).items() if not key.startswith("iou/")}
-        result = {"state": state, "reason": reason, "epochs": len(rows), **last, "commonest_class_error": constant}
-        result |= {"device": device_name(device), "processes": parallel.world(), "torch": torch.__version__}
-        if first:
-            board.end(_hparams(config), {key: last[key] for key in ("pixel_error", "miou", "val_loss") if key in last})
-    finally:
-        bar.close()
-        if first:
-            board.close()
-        torch.use_deterministic_algorithms(False)
-    if first:
-        write_json(folder / "result.json", result)
-        tell(state, len(rows), config.epochs, last, reason)
-    parallel.wait()
-    log.info(result_line(folder, result))
-    return result
-
-
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay acts on filters only: on λ, γ and β it would pull the very thing the paper observes to 0."""
-    filters = [p for p in network.parameters() if p.dim() > 1]
-    vectors = [p for p in network.parameters() if p.dim() <= 1]
-    return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return layout, train, val, cached["train"].folder
 
 
 def _choose(split: str, available: int, wanted: int | None, seed: int):
@@ -337,51 +286,86 @@ def _choose(split: str, available: int, wanted: int | None, seed: int):
     return choose(available, wanted, seed)
 
 
-def _divergence(epoch: int, bad: int, steps: int, losses: Tensor, rows: list[dict]) -> str:
-    finite = losses[:bad].tolist() or [row["train_loss"] for row in rows]
-    before = f"the last finite loss was {finite[-1]:.4g}" if finite else "no loss before it was finite"
-    return f"the loss became {losses[bad].item()} in epoch {epoch}, step {bad + 1} of {steps}; {before}"
+def _measured(config: Config, device, layout: Layout, train: Split, val: Split, cache: Path) -> Data:
+    pixels = histogram(train, len(layout.classes))
+    weighting = class_weights.describe(layout.classes.names, pixels, config.class_weights)
+    weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
+    commonest = max(range(len(pixels)), key=pixels.__getitem__)
+    constant = constant_error(commonest, val, len(pixels), device)
+    name = f"{cache.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
+    return Data(layout, train, val, pixels, weighting, weights, constant, cache.with_name(name))
 
 
-def _progress(items, total: int):
-    return tqdm(items, "decoding", total, unit="image", disable=not sys.stderr.isatty())
-
-
-def _postfix(epoch: int, loss: float, rows: list[dict]) -> dict:
-    postfix = {"epoch": epoch, "loss": f"{loss:.3f}"}
-    if rows:
-        postfix |= {"error": f"{rows[-1]['pixel_error']:.1%}", "images/s": f"{rows[-1]['images_per_second']:.0f}"}
-    return postfix
-
-
-def _epoch_line(row: dict, epochs: int) -> str:
-    left = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
-    return (
-        f"  epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
-        f"error {row['pixel_error']:6.2%}  mIoU {row['miou']:.3f}  {row['images_per_second']:.1f} images/s  "
-        f"{_duration(left)} left"
+def _wrapped(network: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
+    """The network as it is called in validation, and in training."""
+    model = torch.compile(network) if config.compile else network
+    if parallel.world() == 1:
+        return model, model
+    idle_head = network.contour and config.contour.loss == "class_iou"  # of the contour: it gets no gradient
+    return model, nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=idle_head
     )
 
 
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60) if seconds >= 60 else 0
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+@contextlib.contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """Alone in the folder of the run, with its run.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
+    log_file = logging.FileHandler(folder / "run.log")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(log_file)
+    try:
+        yield
+    finally:
+        log.removeHandler(log_file)
+        log_file.close()
+        held.release()
 
 
-def _sharing(config: Config) -> str:
-    each, processes = config.minibatch // parallel.world(), parallel.world()
-    line = f"{processes} processes: each minibatch of {config.minibatch} is {processes} x {each} images"
-    if config.norm.name != "bn":
-        return line
-    return line + f"; batch statistics over {'all of them' if config.sync_bn else f'the {each} of each process'}"
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def _weights_line(weighting: dict) -> str:
-    absent = [row["class"] for row in weighting["classes"] if not row["pixels"]]
-    line = ", ".join(f"{row['class']} {row['weight']:.2f}" for row in weighting["classes"])
-    return line + (f"; no pixel of {', '.join(absent)}" if absent else "")
+def _about(config: Config, data: Data) -> dict:
+    """What a checkpoint holds besides the state."""
+    return {
+        "config": asdict(config),
+        "classes": list(data.layout.classes.names),
+        "histogram": data.pixels,
+        "normalisation": {"mean": list(MEAN), "std": list(STD)},
+    }
+
+
+def _painted(config, state: State, data: Data, shown: Tensor | None, contours: Tensor | None) -> np.ndarray | None:
+    """The picture of epochs 1, 2, 4, 8, ... and of the last one."""
+    if shown is None or not (state.epoch == config.epochs or state.epoch.bit_count() == 1):
+        return None
+    val = data.val
+    chosen = torch.from_numpy(val.indices[shown_images(val, config.images)])
+    return picture(val.images[chosen], shown, val.labels[chosen], data.layout.classes.palette(), contours)
+
+
+def _result(state: State, data: Data, device: torch.device, reason: str) -> dict:
+    row = {key: value for key, value in (state.rows or [{}])[-1].items() if not key.startswith("iou/")}
+    return {
+        "state": "diverged" if reason else "finished",
+        "reason": reason,
+        "epochs": state.epoch,
+        **row,
+        "commonest_class_error": data.constant_error,
+        "device": device_name(device),
+        "processes": parallel.world(),
+        "torch": torch.__version__,
+    }
 
 
 def _hparams(config: Config) -> dict:

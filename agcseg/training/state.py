@@ -1,0 +1,137 @@
+"""What a run remembers: made anew, saved, and loaded so that it goes on as if it had not stopped."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from agcseg.config import Config, momentum, rate
+from agcseg.errors import UserError
+from agcseg.networks import build
+from agcseg.nn import GEMS, add_noise
+from agcseg.training import parallel
+
+
+@dataclass
+class State:
+    """A network in training, and all that was measured on the way.
+
+    Attributes:
+        losses: (epochs, steps, parts) float32, of every training step: of the classes and, where the network finds
+            contours, of the contour.
+        rows: of metrics.csv, one for each epoch that is done.
+        layers: of layers.csv, see `agcseg.record.tables.layer_rows`.
+        lambdas: number of steps trained -> `agcseg.record.tables.lambdas_of`, on the CPU.
+        images: of images.csv, the last validation, image by image.
+        picture: predictions.png, or empty.
+        noises: state of the noise's generator in each process, after the last epoch; process 0 saves them.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    noise: torch.Generator | None
+    gems: GEMS | None
+    losses: Tensor
+    rows: list[dict] = field(default_factory=list)
+    layers: list[dict] = field(default_factory=list)
+    lambdas: dict[int, Tensor] = field(default_factory=dict)
+    images: list[dict] = field(default_factory=list)
+    picture: bytes = b""
+    noises: list[Tensor] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return len(self.rows)
+
+    def last(self, key: str, default: float = 0) -> float:
+        """A figure of the last epoch."""
+        return self.rows[-1][key] if self.rows else default
+
+    def saved(self) -> dict:
+        """For a checkpoint: tensors and plain Python values."""
+        return {
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "noise": self.noises,
+            "gems": self.gems and self.gems.averages,
+            "rows": self.rows,
+            "layers": self.layers,
+            "lambdas": self.lambdas,
+            "losses": self.losses,
+            "images": self.images,
+            "picture": torch.frombuffer(bytearray(self.picture), dtype=torch.uint8) if self.picture else None,
+        }
+
+    def load(self, saved: dict) -> None:
+        """Go back, or on, to a checkpoint. One that an older version wrote may lack what only describes the run."""
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        _lay_out(self.optimizer)
+        torch.set_rng_state(saved["rng"])
+        if self.noise:
+            self.noise.set_state(saved["noise"][parallel.rank() % len(saved["noise"])])
+        if self.gems:
+            self.gems.averages = saved.get("gems") or {}
+        self.rows, self.layers, self.images = saved["rows"], saved.get("layers", []), saved.get("images", [])
+        for step, at in saved.get("lambdas", {}).items():
+            self.lambdas[step] = torch.cat([*at.values(), torch.empty(0)]) if isinstance(at, dict) else at
+        unknown = torch.full((self.epoch, *self.losses.shape[1:]), torch.nan)
+        self.losses = saved.get("losses", unknown)
+        if saved.get("picture") is not None:
+            self.picture = saved["picture"].numpy().tobytes()
+
+
+def begin(config: Config, num_classes: int, steps: int, device: torch.device) -> State:
+    """The state before the first epoch.
+
+    Args:
+        steps: of an epoch.
+
+    Raises:
+        UserError: the network cannot be made as `config` wants it.
+    """
+    torch.manual_seed(config.seed)
+    network = build(
+        config.network.name,
+        norm=config.norm.name,
+        norm_options=config.norm.options,
+        num_classes=num_classes,
+        width=config.network.width,
+        init=config.network.init,
+        implementation=config.network.implementation,
+        **config.network.options,
+    ).to(device)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if config.sync_bn and parallel.world() > 1:
+        if device.type == "cpu":
+            raise UserError("sync_bn=true: torch synchronises batch normalisation on GPUs only")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    noise = gems = None
+    if config.noise.gain or config.noise.shift:
+        own_seed = config.seed * parallel.world() + parallel.rank()
+        noise = add_noise(network, config.noise.gain, config.noise.shift, own_seed)
+    if config.gems.mode:
+        gems = GEMS(network, **asdict(config.gems))
+    groups = parameter_groups(network, config.weight_decay)
+    optimizer = torch.optim.SGD(groups, rate(config), momentum(config), fused=True)
+    return State(network, optimizer, noise, gems, torch.empty(0, steps, 1 + network.contour))
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay acts on filters only: on λ, γ and β it would pull the very thing the paper observes to 0."""
+    filters = [p for p in network.parameters() if p.dim() > 1]
+    vectors = [p for p in network.parameters() if p.dim() <= 1]
+    return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser's buffers the memory layout of their parameters, which another `channels_last` may have
+    changed: fused optimisers pair them element by element as they lie in memory."""
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)

@@ -25,6 +25,8 @@ def make(norm="agc", n=4, seed=0, kernel_size=3):
     bias.data = torch.tensor([-1.0, -0.5, 0.0, 0.5, 9.0], dtype=torch.float64)
     if norm == "frn":
         nn.init.constant_(unit.norm.threshold, 0.1)
+    if norm in ("dyt", "derf"):  # bounded by γ
+        nn.init.constant_(unit.norm.weight, 3)
     return unit, torch.randn(n, 3, 6, 8, dtype=torch.float64)
 
 
@@ -51,7 +53,7 @@ def along(factor, gradient):
     return factor.view(-1, *[1] * (gradient.dim() - 1))
 
 
-@pytest.mark.parametrize("norm", [name for name in NORMS if name not in ("group", "layer")])  # these mix filters
+@pytest.mark.parametrize("norm", [name for name in NORMS if name not in ("group", "layer", "dyt", "derf")])  # these mix
 def test_gradient_of_the_mean_over_active_points(norm):
     """The loss is a mean over all points; scaled, it is for each filter the mean over its active ones."""
     unit, x = make(norm)
@@ -218,6 +220,17 @@ def test_a_filter_long_dead_stays_finite():
         gems.scale_gradients()
         assert gems.factors[""].isfinite().all() and (unit.norm.weight.grad[1] == 0) == (step > 0)
     assert gems.averages[""][0, 1] == 0 and gems.factors[""][1] == 1
+
+
+@pytest.mark.parametrize("norm", ["dyt", "derf"])
+def test_a_number_of_the_whole_layer_is_left_alone(norm):
+    unit, x = make(norm)
+    gems = GEMS(unit)
+    unit(x).sum().backward()
+    before = [p.grad.clone() for p in (unit.norm.alpha, unit.norm.weight)]
+    gems.scale_gradients()
+    assert torch.equal(unit.norm.alpha.grad, before[0])
+    assert not torch.equal(unit.norm.weight.grad, before[1])
 
 
 @pytest.mark.parametrize("mode", MODES)

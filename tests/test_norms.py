@@ -10,17 +10,17 @@ from torch.nn import functional as F
 import agcseg
 from agcseg import AGC2d, ConvUnit
 from agcseg.nn import NORMS
-from agcseg.nn.norms import AGCStd2d, FRN2d, MeanOnlyBatchNorm2d, ScaledWS2d, center
+from agcseg.nn.norms import AGCStd2d, DynamicErf2d, DynamicTanh2d, FRN2d, MeanOnlyBatchNorm2d, ScaledWS2d, center
 
 GAIN = math.sqrt(2 / (1 - 1 / math.pi))
-NEW = ("center", "agc_std", "mean_only", "frn", "ws")
+NEW = ("center", "agc_std", "mean_only", "frn", "ws", "dyt", "derf")
 
 
 def filled(norm, channels=4, **options):
     """The norm in float64 with parameters that are neither 0 nor 1."""
     module = NORMS[norm](channels, **options).double()
     for i, parameter in enumerate(p for p in module.parameters() if p.requires_grad):
-        parameter.data = torch.linspace(-0.6, 1.7 - i / 3, channels, dtype=torch.float64)
+        parameter.data = torch.linspace(-0.6, 1.7 - i / 3, channels, dtype=torch.float64)[-len(parameter) :]
     return module
 
 
@@ -133,6 +133,21 @@ def test_ws():
     torch.testing.assert_close(unit(x), before)
 
 
+@pytest.mark.parametrize(("norm", "function"), [("dyt", math.tanh), ("derf", math.erf)])
+def test_dynamic_tanh_and_erf(norm, function):
+    module, z = filled(norm), torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    alpha, shift = module.alpha.item(), module.shift.item() if norm == "derf" else 0.0
+
+    def formula(v, c):
+        return v.clone().apply_(lambda x: function(alpha * x + shift)) * module.weight[c] + module.bias[c]
+
+    assert alpha not in (0, 1)
+    torch.testing.assert_close(module(z), map_by_map(module, z, formula), rtol=0, atol=1e-12)
+    started = NORMS[norm](4)
+    assert started.alpha.item() == 0.5 and getattr(started, "shift", torch.zeros(1)).item() == 0
+    torch.testing.assert_close(started(torch.full((1, 4, 1, 1), 3.0)).flatten()[0].item(), function(1.5))
+
+
 @pytest.mark.parametrize("norm", NEW)
 def test_gradcheck(norm):
     unit = ConvUnit(2, 3, norm=lambda channels: filled(norm, channels), implementation="literal").double()
@@ -163,7 +178,7 @@ def test_maps_of_one_pixel_and_of_zeros_stay_finite(norm, zero):
     assert output.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("module", [AGCStd2d, MeanOnlyBatchNorm2d, FRN2d])
+@pytest.mark.parametrize("module", [AGCStd2d, MeanOnlyBatchNorm2d, FRN2d, DynamicTanh2d, DynamicErf2d])
 def test_half_precision_is_reduced_in_float32(module):
     # 65,536 ones behind a large value: a half-precision sum would lose them
     x = torch.ones(1, 1, 256, 257, dtype=torch.bfloat16)

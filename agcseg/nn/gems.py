@@ -25,7 +25,8 @@ from agcseg.nn.norms import FRN2d, ScaledWS2d
 
 MODES = ("minibatch", "map", "sample")
 GATES = ("relu", "grad")
-# Norms that treat each map on its own, so that a factor on a map's error comes out of their backward as it went in.
+# Norms that treat each map on its own and share no parameter between them, so that a factor on a map's error comes out
+# of their backward as it went in.
 SEPARATE = (AGC2d, FRN2d, ScaledWS2d, nn.InstanceNorm2d, nn.Identity)
 
 
@@ -103,8 +104,11 @@ class GEMS:
                 factor = self._factor(active, points).where(self.active[name] > 0, 1.0)
                 self.factors[name] = factor
                 for parameter in unit.parameters():
-                    # a threshold of the activation learns from the points that it stops
-                    if parameter.grad is not None and parameter is not getattr(unit.norm, "threshold", None):
+                    # a threshold of the activation learns from the points that it stops; one number for the whole
+                    # layer (DyT's α) has no filter to go by
+                    if parameter.grad is None or parameter is getattr(unit.norm, "threshold", None):
+                        continue
+                    if parameter.shape[:1] == factor.shape:
                         parameter.grad.mul_(factor.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1)))
             self._reset(name)
 

@@ -1,8 +1,8 @@
 """The normalisations that `norm=` names: callables shaped like BatchNorm2d, from a number of channels to a module.
 
-The modules defined here take maps (N, C, H, W), have parameters of shape (C,) and take the statistics of half-precision
-maps in float32. A norm changes what its `ConvUnit` does around it by having one of two methods: `activate(maps)`
-takes the place of the ReLU, and the convolution uses `standardise(filters)` instead of its filters.
+The modules defined here take maps (N, C, H, W), have parameters of shape (C,), or (1,) for the whole layer, and compute
+on half-precision maps in float32. A norm changes what its `ConvUnit` does around it by having one of two methods:
+`activate(maps)` takes the place of the ReLU, and the convolution uses `standardise(filters)` instead of its filters.
 """
 
 import math
@@ -101,6 +101,41 @@ class FRN2d(nn.Module):
         return torch.maximum(maps, self.threshold.view(1, -1, 1, 1).to(maps.dtype))
 
 
+class DynamicTanh2d(nn.Module):
+    """Dynamic tanh, DyT (Zhu et al. 2025, arXiv 2503.10622): tanh(α·z)·γ + β, point by point, without statistics.
+
+    α, (1,), is one number for the whole layer; it starts at 0.5 as in the paper.
+    """
+
+    def __init__(self, num_features: int, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        maps = torch.tanh(self.alpha * _at_least_float32(input))
+        return (maps * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
+
+
+class DynamicErf2d(nn.Module):
+    """Dynamic erf, Derf (Chen et al. 2025, arXiv 2512.10938): erf(α·z + s)·γ + β, point by point, without statistics.
+
+    α and s (`shift`), (1,) each, are two numbers for the whole layer; they start at 0.5 and 0 as in the paper.
+    """
+
+    def __init__(self, num_features: int, alpha: float = 0.5, shift: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))
+        self.shift = nn.Parameter(torch.full((1,), float(shift)))
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        maps = torch.erf(self.alpha * _at_least_float32(input) + self.shift)
+        return (maps * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
+
+
 class ScaledWS2d(nn.Module):
     """Scaled weight standardisation (Brock et al. 2021): every filter with mean 0 and the norm that keeps a variance
     behind ReLU, sqrt(2 / (1 - 1/π)). The maps get γ and β only. Initial weights matter by their direction alone."""
@@ -152,4 +187,6 @@ NORMS: dict[str, Callable[..., nn.Module] | None] = {
     "mean_only": MeanOnlyBatchNorm2d,
     "frn": FRN2d,
     "ws": ScaledWS2d,
+    "dyt": DynamicTanh2d,
+    "derf": DynamicErf2d,
 }

@@ -20,10 +20,11 @@ from agcseg.errors import UserError
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
          "layer": "Layer normalisation", "instance": "Instance normalisation",
          "center": "AGC, λ fixed", "agc_std": "AGC by deviation", "mean_only": "Mean-only batch norm.",
-         "frn": "Filter response norm.", "ws": "Weight standardisation"}  # fmt: skip
+         "frn": "Filter response norm.", "ws": "Weight standardisation",
+         "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC"}  # fmt: skip
-SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS"}
+SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}
 # Settings that change nothing that is computed: where things lie, and how fast they go.
 FREE = {
     "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images",

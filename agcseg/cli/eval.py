@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import agcseg
@@ -19,7 +18,7 @@ from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
-from agcseg.training.machine import find_device
+from agcseg.training.machine import find_device, out_of_memory
 
 KEYS = {
     "data": str,
@@ -99,10 +98,12 @@ def main(argv: list[str] | None = None) -> int:
         confusion_figure(figures["confusion"], layout.classes.names, title).savefig(picture, format="png", dpi=110)
         write(base.with_suffix(".png"), picture.getvalue())
         write_json(base.with_suffix(".json"), {**what, **size, **figures})
-    except torch.OutOfMemoryError:
-        fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
     except (UserError, OSError) as error:
         fail("agcseg-eval", error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
     except KeyboardInterrupt:
         stopped("agcseg-eval")
     print(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import agcseg
@@ -11,7 +10,7 @@ from agcseg.cli import fail, parse_run, stopped
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
-from agcseg.training.machine import find_device
+from agcseg.training.machine import find_device, out_of_memory
 
 KEYS = {
     "input": str,
@@ -87,10 +86,12 @@ def main(argv: list[str] | None = None) -> int:
         done = len(images) - len(bad)
         if keys["submission"]:
             bad += check_submission(output, written)
-    except torch.OutOfMemoryError:
-        fail("agcseg-predict", UserError("out of memory; try a smaller minibatch="))
     except (UserError, OSError) as error:
         fail("agcseg-predict", error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("agcseg-predict", UserError("out of memory; try a smaller minibatch="))
     except KeyboardInterrupt:
         stopped("agcseg-predict")
     for line in bad:

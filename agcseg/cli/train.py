@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -20,6 +19,7 @@ from agcseg.config import Config, rate
 from agcseg.errors import UserError
 from agcseg.record.folder import FREE
 from agcseg.training import parallel
+from agcseg.training.machine import out_of_memory
 from agcseg.training.run import run
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -54,11 +54,13 @@ def _job(cfg) -> float | None:
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once() if ours else contextlib.nullcontext():
             return run(config, folder).get("pixel_error")
-    except torch.OutOfMemoryError as full:
-        first = str(full).splitlines()[0]
-        error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
     except UserError as user_error:
         error = user_error
+    except (RuntimeError, MemoryError) as full:
+        if not out_of_memory(full):
+            raise
+        first = str(full).partition("\n")[0]
+        error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
     if hydra_config.mode == RunMode.RUN:
         fail("agcseg-train", error)
     # In a sweep the other runs go on: the launcher gets the error, of a kind that is shown without a traceback.

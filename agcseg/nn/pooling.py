@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agcseg.nn import passes
+
 
 def max_pool2d(input: Tensor) -> tuple[Tensor, Tensor]:
     """2x2 max pooling, stride 2: torch's own.
@@ -26,7 +28,8 @@ def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
     """Put every value back where its maximum stood, zeros elsewhere (SegNet, Badrinarayanan et al. 2015).
 
     torch's own `max_unpool2d` refuses to run under `torch.use_deterministic_algorithms(True)`, although 2x2 windows do
-    not overlap. There the same map is built without a scatter; values and gradients are equal bit for bit.
+    not overlap, and on a GPU it knows no channels_last: there the same map is built without a scatter, in the layout of
+    `input`. Values and gradients are equal bit for bit.
 
     Args:
         input: (N, C, h, w).
@@ -35,9 +38,34 @@ def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
     Returns:
         (N, C, 2h, 2w).
     """
-    if torch.are_deterministic_algorithms_enabled():
-        return _unpool_by_shuffle(input, window_offsets(winners, 2 * input.shape[3]))
-    return F.max_unpool2d(input, flat_indices(winners), 2)
+    cells = window_offsets(winners, 2 * input.shape[3])
+    if torch.compiler.is_compiling():
+        return _unpool_by_shuffle(input, cells)
+    if winners.dtype == torch.uint8 or input.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        return _Unpool.apply(input, cells)
+    return F.max_unpool2d(input, winners, 2)
+
+
+class _Unpool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, cells):
+        ctx.save_for_backward(cells)
+        return passes.unpool(input, cells)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Gather.apply(grad, *ctx.saved_tensors), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, maps, cells):
+        ctx.save_for_backward(cells)
+        return passes.gather(maps, cells)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Unpool.apply(grad, *ctx.saved_tensors), None
 
 
 def window_offsets(winners: Tensor, width: int) -> Tensor:
@@ -45,18 +73,6 @@ def window_offsets(winners: Tensor, width: int) -> Tensor:
     if winners.dtype == torch.uint8:
         return winners
     return ((winners // width % 2) * 2 + winners % 2).to(torch.uint8)
-
-
-def flat_indices(winners: Tensor) -> Tensor:
-    """Flat positions (int64) of winners in either notation, (N, C, h, w), in the (2h, 2w) map."""
-    if winners.dtype != torch.uint8:
-        return winners
-    h, w = winners.shape[2:]
-    corner = torch.arange(0, 4 * h * w, 4 * w, dtype=torch.int32, device=winners.device).view(h, 1)
-    corner = corner + torch.arange(0, 2 * w, 2, dtype=torch.int32, device=winners.device)
-    cell = winners.to(torch.int32)  # int64 at the end: half the traffic
-    # the lower row is 2w further on, of which the cell's number counts 2
-    return cell.add_(cell >> 1, alpha=2 * w - 2).add_(corner).long()
 
 
 def _unpool_by_shuffle(input: Tensor, offsets: Tensor) -> Tensor:

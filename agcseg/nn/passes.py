@@ -1,0 +1,174 @@
+"""Passes over maps: what the fast AGC unit does besides its convolutions, each in the layout its maps have.
+
+The cells of a 2x2 window are 0 and 1 in the upper row, 2 and 3 in the lower. Selections among cells are bit operations
+on the numbers as integers: exact, also of infinities, and several times faster on a CPU than `where`, scatter or
+gather, which take number by number; nor do they need positions, which a GPU would sort to scatter deterministically.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+CACHED = 2**18  # numbers that stay in a processor's cache
+
+
+def layout(maps: Tensor) -> torch.memory_format:
+    plain = maps.is_contiguous() or not maps.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if plain else torch.channels_last
+
+
+def statistics_dtype(maps: Tensor) -> torch.dtype:
+    return torch.float32 if maps.dtype in (torch.bfloat16, torch.float16) else maps.dtype
+
+
+def sums(maps: Tensor) -> Tensor:
+    """Sums of each map, (N, C), taken in at least float32.
+
+    On a CPU a sum of bfloat16 with a float32 result would convert the whole map first; one of bfloat16 adds in float32
+    and rounds its result.
+    """
+    dtype = statistics_dtype(maps)
+    if maps.dtype == torch.bfloat16 and maps.device.type == "cpu":
+        return maps.sum((2, 3)).to(dtype)
+    return maps.sum((2, 3), dtype=dtype)
+
+
+def activate(
+    z: Tensor, bias: Tensor, mean_scale: Tensor, pool: bool = False, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """relu(z - λ·mean(z) + β), in place: fresh maps cost more time than the arithmetic on them.
+
+    Args:
+        z: (N, K, H, W).
+        bias, mean_scale: β and λ, (K,).
+        pool: 2x2 max pooling as well, before the rest: it keeps the order of a map's numbers.
+        mean: of z, if known.
+
+    Returns:
+        the output, the winners of the pooling if any, the mean (N, K).
+    """
+    if mean is None:
+        mean = sums(z) / z.shape[2:].numel()
+    winners = None
+    if pool:
+        z, winners = max_pool(z)
+    level = torch.addcmul(bias, mean_scale, mean, value=-1)
+    output = z.add_(_as_maps(level, z)).relu_()
+    if pool:  # where ReLU leaves nothing the first cell wins, as behind it
+        winners.bitwise_and_(_less(0, output).to(torch.uint8))
+    return output, winners, mean
+
+
+def backward(
+    grad: Tensor, output: Tensor, winners: Tensor | None, mean: Tensor, mean_scale: Tensor, need_maps: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """From dy, with g = dy·[y > 0] and s its sums: dz' = g - λ·s/M, unpooled by `winners` if any; dβ and dλ."""
+    g = torch.ops.aten.threshold_backward(grad, output, 0)
+    s = sums(g)
+    dz = None
+    if need_maps:
+        dz = g if winners is None else unpool(g, winners)
+        level = mean_scale * s
+        dz.add_(_as_maps(level.div_(-dz.shape[2:].numel()), dz))
+    return dz, s.sum(0), (mean * s).sum(0).neg_()
+
+
+def _as_maps(level: Tensor, maps: Tensor) -> Tensor:
+    # A float32 vector added to bfloat16 maps would convert the maps.
+    return level.to(maps.dtype)[:, :, None, None]
+
+
+def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima of the 2x2 windows, (N, C, H/2, W/2), and the cells (uint8) of the first one in each."""
+    n, c, h, w = maps.shape
+    fmt = layout(maps)
+    maxima = _empty(maps, (n, c, h // 2, w // 2), fmt)
+    cells = torch.empty_like(maxima, dtype=torch.uint8)
+    for windows, maximum, cell in _blocks(_windows(maps, fmt), _rows(maxima, fmt), _rows(cells, fmt)):
+        (a, b), (c, d) = ([windows[:, i, :, j].contiguous() for j in (0, 1)] for i in (0, 1))
+        right, right_below = _less(a, b), _less(c, d)
+        upper, lower = torch.maximum(a, b, out=a), torch.maximum(c, d, out=c)
+        below = _less(upper, lower)
+        torch.maximum(upper, lower, out=maximum)
+        right ^= right_below.bitwise_xor_(right).bitwise_and_(below)
+        cell.copy_(below.mul_(-2).sub_(right))
+    return maxima, cells
+
+
+def unpool(values: Tensor, cells: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C, 2h, 2w): each value in its cell, 0 elsewhere."""
+    n, c, h, w = values.shape
+    fmt = layout(values)
+    maps = _empty(values, (n, c, 2 * h, 2 * w), fmt)
+    for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
+        windows, below, right = _bits(windows), *_masks(cell, value)
+        lower = _bits(value) & below
+        for i, row in enumerate((_bits(value) ^ lower, lower)):
+            at_right = row & right
+            windows[:, i, :, 0].copy_(row.bitwise_xor_(at_right))
+            windows[:, i, :, 1].copy_(at_right)
+    return maps
+
+
+def gather(maps: Tensor, cells: Tensor) -> Tensor:
+    """(N, C, 2h, 2w) -> (N, C, h, w): the values in the cells, the inverse of `unpool`."""
+    fmt = layout(maps)
+    values = torch.empty_like(cells, dtype=maps.dtype, memory_format=fmt)
+    for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
+        windows, below, right = _bits(windows), *_masks(cell, value)
+        (a, b), (c, d) = ([windows[:, i, :, j].contiguous() for j in (0, 1)] for i in (0, 1))
+        upper, lower = _choose(a, b, right), _choose(c, d, right)
+        _bits(value).copy_(_choose(upper, lower, below))
+    return values
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], fmt: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
+
+
+def _windows(maps: Tensor, fmt: torch.memory_format) -> Tensor:
+    """Dense maps as (rows of windows, 2, windows in a row, 2, numbers at a position)."""
+    n, c, h, w = maps.shape
+    maps = maps.contiguous(memory_format=fmt)
+    if fmt == torch.channels_last:
+        return maps.permute(0, 2, 3, 1).view(n * (h // 2), 2, w // 2, 2, c)
+    return maps.view(n * c * (h // 2), 2, w // 2, 2, 1)
+
+
+def _rows(values: Tensor, fmt: torch.memory_format) -> Tensor:
+    """Dense maps of as many positions as there are windows, as (rows, windows in a row, numbers at a position)."""
+    n, c, h, w = values.shape
+    values = values.contiguous(memory_format=fmt)
+    if fmt == torch.channels_last:
+        return values.permute(0, 2, 3, 1).view(n * h, w, c)
+    return values.view(n * c * h, w, 1)
+
+
+def _blocks(windows: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, as many as stay in a CPU's cache; on other devices all."""
+    size = len(windows)
+    if windows.device.type == "cpu" and windows.numel() > CACHED:
+        size = max(1, CACHED * len(windows) // windows.numel())
+    return zip(windows.split(size), *(r.split(size) for r in rows), strict=True)
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.view(INTEGERS[numbers.element_size()])
+
+
+def _less(a: Tensor | int, b: Tensor) -> Tensor:
+    """All bits set where a < b, none elsewhere: the sign of the difference."""
+    return _bits(a - b).bitwise_right_shift_(8 * b.element_size() - 1)
+
+
+def _masks(cells: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """All bits set where the cell is in the lower row, and where it is at the right."""
+    cells = cells.to(INTEGERS[like.element_size()])
+    return (cells >> 1).neg_(), (cells & 1).neg_()
+
+
+def _choose(a: Tensor, b: Tensor, second: Tensor) -> Tensor:
+    """b where all bits of `second` are set, a where none is. Overwrites b."""
+    return b.bitwise_xor_(a).bitwise_and_(second).bitwise_xor_(a)

@@ -1,0 +1,272 @@
+"""The fast AGC unit (see `agcseg.nn.fast`) forward and backward, as two operations of torch's.
+
+Nothing sees through an operation: `torch.compile`, which would keep the maps that backward rebuilds because it finds
+them in forward too, runs it as it runs eagerly, and fake tensors have its shapes.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agcseg.nn import passes
+from agcseg.nn.passes import CACHED
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, as torch.nn.Conv2d has it."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | None = None  # None: half the filters' size, so that stride 1 keeps the map's
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+PLAIN = Geometry()
+PARTS = 2  # of a minibatch, in which a GPU rebuilds maps
+
+OPERATIONS = torch.library.Library("agcseg", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+OPERATIONS.define(
+    "unit(Tensor[] inputs, Tensor? unpool, Tensor[] parameters, Tensor[] stem, int[] geometry, bool pool)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+OPERATIONS.define(
+    "unit_backward(Tensor grad, Tensor output, Tensor? winners, Tensor? unpool, Tensor mean, Tensor stem_mean,"
+    " Tensor[] parameters, Tensor[] stem, Tensor[] inputs, SymInt[] shapes, int[] geometry, bool[] needs) -> Tensor[]",
+    tags=TAGS,
+)
+
+
+def operands(geometry: Geometry) -> list[int]:
+    """A geometry as the operations take it."""
+    return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+
+
+def _geometry(numbers: Sequence[int]) -> Geometry:
+    return Geometry(*(tuple(numbers[i : i + 2]) for i in (0, 2, 4)), numbers[6])
+
+
+def _forward(inputs, unpool, parameters, stem, geometry, pool):
+    """The output, winners of the pooling, mean of z' and of the stem's z'; numbers there are none of are empty."""
+    filters, gain, bias, mean_scale = parameters
+    geometry, maps, stem_mean = _geometry(geometry), inputs, None
+    if stem:
+        output, _, stem_mean = passes.activate(_convolve(maps, *stem[:2], _same(stem[0])), *stem[2:])
+        maps = [output]
+        del output
+    elif unpool is not None:
+        maps = [passes.unpool(maps[0], unpool)]
+    z = _convolve(maps, filters, gain, geometry)
+    del maps
+    z = z.contiguous(memory_format=_layout(inputs, filters))
+    output, winners, mean = passes.activate(z, bias, mean_scale, pool=pool)
+    return output, *(z.new_empty(0) if t is None else t for t in (winners, mean, stem_mean))
+
+
+def _backward(
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs
+):  # fmt: skip
+    """Gradients of the unit's 4 parameters, the stem's 4 and the inputs; empty where not needed."""
+    geometry, by_sample = _geometry(geometry), [grad, output, winners, unpool, mean, *([stem_mean] if stem else [None])]
+    by_sample += inputs
+    shapes = [shapes[i : i + 3] for i in range(0, len(shapes), 3)]
+    # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
+    positions = output.shape[2:].numel() * (1 if winners is None else 4)
+    alone = (unpool is not None or stem) and positions >= 2**16
+    parts = min(len(grad), len(grad) if grad.device.type == "cpu" else PARTS) if alone else 1
+    if parts <= 1:
+        grads = _backward_part(*by_sample[:6], inputs, parameters, stem, shapes, geometry, needs)
+    else:
+        chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=False)
+        grads = [_backward_part(*c[:6], c[6:], parameters, stem, shapes, geometry, needs) for c in chunks]
+        grads = list(zip(*grads, strict=True))
+        grads = [g[0] if g[0] is None else reduce(Tensor.add_, g) for g in grads[:8]] + [
+            g[0] if g[0] is None else torch.cat(g) for g in grads[8:]
+        ]
+    like = [*parameters, *(stem or parameters)]
+    grads[:8] = [g if g is None else _as(g, p) for g, p in zip(grads[:8], like, strict=True)]
+    grads[8:] = [g if g is None else g.contiguous(memory_format=passes.layout(output)) for g in grads[8:]]
+    return [output.new_empty(0) if g is None else g for g in grads]
+
+
+def _as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """With the strides of the parameter, as optimisers and `torch.compile` expect it."""
+    same = gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
+
+
+def _backward_part(
+    grad, output, winners, unpool, mean, stem_mean, inputs, parameters, stem, shapes, geometry, needs
+) -> list[Tensor | None]:
+    """`_backward` for some samples of the minibatch; None where not needed."""
+    need_maps = tuple(needs[8:]) if not stem else (any(needs[4:]),)
+    maps, shapes_of_maps = tuple(inputs), shapes
+    if stem:
+        height_width = output.shape[2:] if winners is None else [2 * side for side in output.shape[2:]]
+        shapes_of_maps = [(len(stem[0]), *height_width)]
+        if maps:
+            z = _convolve(inputs, *stem[:2], _same(stem[0]))
+            rebuilt, _, _ = passes.activate(z, *stem[2:], mean=stem_mean)
+            maps = (rebuilt,)
+            del z
+    elif unpool is not None:
+        shapes_of_maps = [(shapes[0][0], 2 * shapes[0][1], 2 * shapes[0][2])]
+        if maps:
+            maps = [passes.unpool(maps[0], unpool)]
+    grads, d_maps = _gradients(
+        grad, output, winners, mean, maps, shapes_of_maps, geometry, parameters, needs[:4], need_maps
+    )
+    d_stem = [None] * 4
+    if stem and need_maps[0]:
+        d_stem, d_maps = _gradients(
+            d_maps[0], rebuilt, None, stem_mean, tuple(inputs), shapes, _same(stem[0]), stem, needs[4:8],
+            tuple(needs[8:]),
+        )  # fmt: skip
+    elif stem:
+        d_maps = [None] * len(needs[8:])
+    elif unpool is not None and need_maps[0]:
+        d_maps = [passes.gather(d_maps[0], unpool)]
+    return [*grads, *d_stem, *d_maps]
+
+
+def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, needs, need_maps):
+    """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
+
+    `maps` are these inputs, of (C, H, W) `shapes`; a list if they may be freed on the way, empty where neither W nor γ
+    needs a gradient.
+    """
+    filters, gain, _, mean_scale = parameters
+    need_filters = needs[0] or needs[1]
+    dz, d_bias, d_mean_scale = passes.backward(grad, output, winners, mean, mean_scale, need_filters or any(need_maps))
+    d_filters = d_gain = None
+    d_maps = [None] * len(need_maps)
+    if dz is not None:
+        d_maps, slices = _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters)
+        del dz
+    if need_filters:
+        d_filters = (torch.cat(slices, 1) if len(slices) > 1 else slices[0]).to(filters.dtype)
+        d_gain = _scale(d_filters, filters, gain, mean.dtype)
+    return [d_filters, d_gain, d_bias, d_mean_scale], d_maps
+
+
+def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """dW' becomes dW = γ·dW' in place; returns dγ = <W, dW'>. In blocks that stay in a processor's cache."""
+    rows = max(1, CACHED // filters[0].numel())
+    if rows >= len(filters) or filters.device.type != "cpu":
+        d_gain = (filters.to(dtype) * d_filters).sum((1, 2, 3)).to(gain.dtype)
+        d_filters.mul_(gain.view(-1, 1, 1, 1))
+        return d_gain
+    d_gain = []
+    for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
+        d_gain.append((w.to(dtype) * d).sum((1, 2, 3)))
+        d.mul_(scale.view(-1, 1, 1, 1))
+    return torch.cat(d_gain).to(gain.dtype)
+
+
+def _same(filters: Tensor) -> Geometry:
+    return Geometry(padding=(filters.shape[2] // 2,) * 2)
+
+
+def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+    """The filters of each input, from those of the concatenation."""
+    if len(shapes) == 1:
+        return [filters.to(dtype)]
+    return list(filters.to(dtype).split([shape[0] // geometry.groups for shape in shapes], 1))
+
+
+def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+    """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
+    fold = _fold_is_smaller(filters, inputs[0])
+    folded = _fold(filters, gain) if fold else filters
+    slices = _slices(folded, [x.shape[1:] for x in inputs], geometry, inputs[0].dtype)
+    z = F.conv2d(inputs[0], slices[0], None, *geometry)
+    for x, w in zip(inputs[1:], slices[1:], strict=True):
+        z += F.conv2d(x, w, None, *geometry)
+    return z if fold else z.mul_(gain.view(-1, 1, 1))
+
+
+def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters):
+    """Two lists over the inputs: dx and the slice of dW', None where not needed. Overwrites dz, empties a list."""
+    stride, padding, dilation, groups = geometry
+
+    def backward(x, w, *mask):  # with real tensors: it copies the expanded dummies of torch.nn.grad to full size
+        return torch.ops.aten.convolution_backward(
+            dz, x, w, None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
+        )
+
+    fold = _fold_is_smaller(filters, dz)
+    if fold and dz.numel() <= 4 * CACHED and need_filters and need_maps == (True,) and isinstance(maps, tuple):
+        # On small maps calls cost more than the memory of both gradients at once.
+        d_map, d_slice, _ = backward(maps[0], _fold(filters, gain).to(dz.dtype), True, True)
+        return [d_map], [d_slice]
+    maps = maps or tuple(dz.new_empty(len(dz), *shape) for shape in shapes)  # only their shapes count
+    slices = _slices(filters, shapes, geometry, dz.dtype)
+    d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
+    if not any(need_maps):
+        return [None] * len(maps), d_filters
+    if isinstance(maps, list):  # rebuilt ones make room for dx, to which only their shapes matter
+        shells = [torch.empty_like(x) for x in maps]
+        maps.clear()
+        maps = shells
+    if fold:
+        slices = _slices(_fold(filters, gain), shapes, geometry, dz.dtype)
+    else:
+        dz.mul_(gain.view(-1, 1, 1))
+    d_maps = [
+        backward(x, w, True, False)[0] if need else None for x, w, need in zip(maps, slices, need_maps, strict=True)
+    ]
+    return d_maps, d_filters
+
+
+def _fold_is_smaller(filters: Tensor, maps: Tensor) -> bool:
+    """Whether γ is cheaper on the filters than on the convolution's output, of as many positions as `maps`.
+
+    Small filters are scaled in any case: the two gradients of the convolution then come from one call.
+    """
+    return filters.numel() <= CACHED or filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
+
+
+def _fold(filters: Tensor, gain: Tensor) -> Tensor:
+    return filters * gain.view(-1, 1, 1, 1)
+
+
+def _layout(inputs: Sequence[Tensor], filters: Tensor) -> torch.memory_format:
+    """Of a convolution's output: channels_last if either has it."""
+    last = torch.channels_last in (passes.layout(inputs[0]), passes.layout(filters))
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _fake_forward(inputs, unpool, parameters, stem, geometry, pool):
+    (x, *_), (filters, *_) = inputs, parameters
+    stride, padding, dilation, _ = _geometry(geometry)
+    sides = x.shape[2:] if unpool is None else [2 * side for side in x.shape[2:]]
+    kernel = filters.shape[2:]
+    sides = [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    shape = (len(x), len(filters), *(side // 2 if pool else side for side in sides))
+    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(inputs, filters))
+    winners = torch.empty_like(output, dtype=torch.uint8) if pool else x.new_empty(0)
+    dtype = passes.statistics_dtype(x)
+    mean = x.new_empty((len(x), len(filters)), dtype=dtype)
+    return output, winners, mean, x.new_empty((len(x), len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
+
+
+def _fake_backward(
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs
+):  # fmt: skip
+    gradients = [torch.empty_like(p) for p in (*parameters, *(stem or parameters))]
+    memory_format = passes.layout(output)
+    for i in range(0, len(shapes), 3):
+        shape = (len(output), *shapes[i : i + 3])
+        gradients.append(torch.empty(shape, dtype=output.dtype, device=output.device, memory_format=memory_format))
+    return [g if need else output.new_empty(0) for g, need in zip(gradients, needs, strict=True)]
+
+
+OPERATIONS.impl("unit", _forward, "CompositeExplicitAutograd")
+OPERATIONS.impl("unit_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("agcseg::unit", _fake_forward, lib=OPERATIONS)
+torch.library.register_fake("agcseg::unit_backward", _fake_backward, lib=OPERATIONS)

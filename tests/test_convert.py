@@ -1,14 +1,84 @@
-"""AGC in other people's networks."""
+"""AGC in other people's networks: the same network, with equation (1) where batch normalisation was."""
 
 import copy
+import io
+import random
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
-from agcseg import AGC2d, convert_batchnorm
+from agcseg import AGC2d, ConvUnit, agc, convert_batchnorm
+from agcseg.nn.pairs import Deferred, PairedConv2d
+
+
+class Literal(nn.Module):
+    """Equation (1) in torch's own operations."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.mean_scale = layer.weight, layer.bias, layer.mean_scale
+
+    def forward(self, input):
+        z = input
+        weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias, self.mean_scale))
+        return (z - mean_scale * z.mean((2, 3), keepdim=True)) * weight + bias
+
+
+def both(model, mean_scale=0.8):
+    """A network with AGC written out, and the same converted, each with parameters of its own, in float64."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+    model = model.double()
+    literal = convert_batchnorm(copy.deepcopy(model), mean_scale, fuse=False).model
+    for name, module in list(literal.named_modules()):
+        if type(module) is AGC2d:
+            literal.set_submodule(name, Literal(module))
+    conversion = convert_batchnorm(model, mean_scale)
+    assert conversion.model is model
+    return literal, model
+
+
+def results(model, x):
+    x = x.detach().requires_grad_()
+    torch.manual_seed(0)
+    random.seed(0)
+    output = model(x)
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    grads = torch.autograd.grad((output * weights).sum(), [x, *model.parameters()], allow_unused=True)
+    return dict(zip(["output", "input", *dict(model.named_parameters())], [output, *grads], strict=True))
+
+
+def equal(literal, converted, x=None):
+    x = torch.randn(4, 3, 12, 14, dtype=torch.float64) if x is None else x
+    expected, got = results(literal, x), results(converted, x)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert (value is None) == (got[name] is None), name
+        if value is not None:
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-10, msg=name)
+
+
+def kept(model, x):
+    sizes = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    del output
+    return sum(size for size, _ in sizes.values())
 
 
 class Block(nn.Module):
@@ -20,172 +90,446 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, bias=False), nn.BatchNorm2d(8)
         self.conv3, self.bn3 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)  # has a bias
         self.conv4, self.bn4 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-        self.linear, self.bn5 = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.conv5, self.bn5 = nn.Conv2d(8, 8, (1, 2), padding="same", padding_mode="circular"), nn.BatchNorm2d(8)
+        self.conv6, self.bn6 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.relu, self.identity = nn.ReLU(inplace=True), nn.Identity()
+        self.linear, self.bn7 = nn.Linear(8, 8), nn.BatchNorm1d(8)
 
     def forward(self, x):
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.identity(self.conv1(x))))
         identity = x
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.hardswish(self.bn2(input=self.conv2(input=x)))
         x = self.bn3(self.conv3(x)).relu()
         x = self.bn4(self.conv4(x))
         x += identity
-        return self.bn5(self.linear(self.relu(x).mean((2, 3))))
-
-
-def trained(model):
-    """With other values than at the start, so that γ and β are seen to be taken over."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    return model
+        x = self.bn5(self.conv5(self.relu(x)))
+        y = self.conv6(x)
+        x = self.bn6(y) + y
+        return self.linear(F.silu(x).mean((2, 3)))
 
 
 def test_what_is_fused_and_what_is_left():
-    conversion = convert_batchnorm(Block())
-    assert conversion.replaced == ["bn1", "bn2", "bn3", "bn4"] and conversion.fused == ["bn1", "bn2"]
-    assert conversion.left == {
-        "bn3": "fused with its ReLU only: its convolution has a bias",
-        "bn4": "not fused: no ReLU behind it, or more than that",
-        "bn5": "stays: BatchNorm1d is not BatchNorm2d",
-    }
-    assert isinstance(conversion.model.conv1, nn.Conv2d) and isinstance(conversion.model.bn2, AGC2d)
-
-
-def test_fused_is_unfused_in_value_and_gradient():
-    torch.manual_seed(0)
-    block = trained(Block()).double()
-    plain = convert_batchnorm(copy.deepcopy(block), mean_scale=0.8, fuse=False).model
-    fused = convert_batchnorm(block, mean_scale=0.8).model
-    assert type(plain) is Block
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    fused.load_state_dict(plain.state_dict())
-    x = torch.randn(4, 3, 12, 14, dtype=torch.float64)
-    results = []
-    for model in (plain, fused):
-        x.requires_grad_().grad = None
-        output = model(x)
-        (output * torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)).sum().backward()
-        results.append({"output": output, "input": x.grad, **{name: p.grad for name, p in model.named_parameters()}})
-    for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-10, msg=name)
-
-
-def test_scale_and_shift_are_taken_over_and_shared():
-    block = trained(Block())
-    weight = block.bn1.weight
-    conversion = convert_batchnorm(block)
-    assert conversion.model.bn1.weight is weight and block.bn1.weight is weight
-    assert conversion.model.bn1.mean_scale.tolist() == [1.0] * 8
-
-
-def test_a_network_that_cannot_be_traced_is_converted_all_the_same():
-    class Dynamic(Block):
-        def forward(self, x):
-            return super().forward(x if x.sum() > 0 else -x)
-
-    model = Dynamic()
+    model = Block()
+    before, methods = list(model.modules()), type(model)
     conversion = convert_batchnorm(model)
-    assert conversion.model is model and isinstance(model.bn1, AGC2d) and conversion.fused == []
-    assert conversion.left["bn1"].startswith("not fused: the network cannot be traced (")
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert conversion.model is model and type(model) is methods and list(model.modules()) == before
+    assert conversion.replaced == [f"bn{i}" for i in range(1, 7)]
+    assert conversion.fused == ["bn1", "bn2", "bn3", "bn4"]
+    assert conversion.left == {
+        "bn5": "apart: its convolution pads by 'circular', 'same'",
+        "bn6": "apart: its convolution is read elsewhere too",
+        "bn7": "stays, BatchNorm1d: it is not BatchNorm2d",
+    }
+    assert str(conversion).splitlines() == [
+        "Block: 6 layers of batch normalisation are AGC now, "
+        "4 AGC layers run as one step with the convolution in front of them.",
+        "  1 apart: its convolution pads by 'circular', 'same': bn5",
+        "  1 apart: its convolution is read elsewhere too: bn6",
+        "  1 stays, BatchNorm1d: it is not BatchNorm2d: bn7",
+    ]
+
+
+def test_converted_is_the_formula_in_value_gradient_and_keys():
+    torch.manual_seed(0)
+    block = Block()
+    keys = [key for key in block.state_dict() if "running" not in key and "num_batches" not in key or "bn7" in key]
+    literal, converted = both(block)
+    assert {*keys, *(f"bn{i}.mean_scale" for i in range(1, 7))} == set(converted.state_dict())
+    equal(literal, converted)
+    equal(literal.eval(), converted.eval())
+    with torch.no_grad():
+        x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+        torch.testing.assert_close(converted(x), literal(x), rtol=0, atol=1e-12)
+
+
+def test_gain_of_zero_frozen_parts_and_second_derivatives():
+    literal, converted = both(Block())
+    for model in (literal, converted):
+        model.bn2.weight.data[:3] = 0
+        model.conv3.requires_grad_(False)
+        model.bn4.requires_grad_(False)
+        model.conv4.requires_grad_(False)
+    x = torch.randn(2, 3, 12, 14, dtype=torch.float64)
+    parameters = []
+    for model in (literal, converted):
+        gradients = torch.autograd.grad(
+            model(x).square().sum(), [p for p in model.parameters() if p.requires_grad], create_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+        wanted = [model.conv1.weight, model.bn1.weight, model.bn3.mean_scale, model.conv2.weight]
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), wanted)
+        parameters.append([g for g in gradients if g is not None] + list(second))
+    for expected, got in zip(*parameters, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_a_pair_keeps_nothing_but_the_input():
+    """Without a ReLU behind it too; BN keeps the convolution's output as well."""
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    pair = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16))
+    converted = convert_batchnorm(copy.deepcopy(pair)).model
+    assert kept(pair, x) > x.numel() * 4 * 2.5
+    assert kept(converted, x) - x.numel() * 4 == 2 * 16 * 4  # the means
+    with torch.autocast("cpu", torch.bfloat16):
+        half = x.bfloat16().detach().requires_grad_()
+        assert kept(converted, half) - half.numel() * 2 == 2 * 16 * 4
+        apart = convert_batchnorm(copy.deepcopy(pair), fuse=False).model
+        copies = pair[0].weight.numel() * 2  # autocast's, of the filters
+        assert kept(apart, half) - half.numel() * 2 == 2 * (2 * 16 * 30 * 30 + 2 * 16 * 2) + copies
 
 
 class Around(nn.Module):
-    """A sequence that can be fused, and what a forward may do around it."""
+    """A pair, and what a forward may do around it."""
 
-    def __init__(self, forward=None):
+    def __init__(self, forward=None, **layers):
         super().__init__()
-        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()
-        self.behind = forward or (lambda self, maps: maps)
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        self.around = forward or (lambda self, x: self.run(x))
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def run(self, x):
+        return self.relu(self.norm(self.conv(x)))
 
     def forward(self, x):
-        return self.behind(self, self.relu(self.norm(self.conv(x))))
+        return self.around(self, x)
 
 
-def empty_assertion(self, maps):
-    if not isinstance(maps, torch.Tensor):
-        raise AssertionError
-    return maps
+def frozen_trunk(self, x):
+    with torch.no_grad():
+        x = self.run(x)
+    return self.head(x)
 
 
-class Optional(Around):
-    def forward(self, x, both=None):
-        maps = super().forward(x)
-        return maps if both is None else (maps, maps)
+def frozen_convolution(self, x):
+    with torch.no_grad():
+        x = self.conv(x)
+    return self.head(self.norm(x))
 
 
-class Unused(Around):
-    def __init__(self):
-        super().__init__()
-        self.auxiliary = nn.Linear(4, 2)
+def random_depth(self, x):
+    x = self.run(x)
+    return x + self.head(x) if torch.rand(()) + random.random() > 1 else x
+
+
+def gradient_dependent(self, x):
+    x = self.run(x)
+    return 2 * x if torch.is_grad_enabled() else x
+
+
+def attribute(self, x):
+    return self.factor * self.run(x.to(next(self.parameters()).dtype))
+
+
+def dropped(self, x):
+    return F.dropout(self.run(x), 0.5, self.training)
+
+
+def checkpointed(self, x):
+    return checkpoint(self.run, x, use_reentrant=False)
+
+
+def values(self, x):
+    return self.run(x if x.sum() > 0 else -x)
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"),
+    "forward",
     [
-        (Around(lambda self, maps: F.dropout(maps, 0.5, self.training)), "not the same in training and evaluation"),
-        (Around(lambda self, maps: maps + torch.ones(1)), "or makes tensors of its own"),
-        (Around(lambda self, maps: vars(self).update(seen=maps) or maps), "its forward stores something, as seen"),
-        (Around(empty_assertion), "AssertionError"),
-        (Optional(), "its forward has optional arguments"),
-        (Unused(), "does not use auxiliary.bias"),
+        frozen_trunk, frozen_convolution, random_depth, gradient_dependent, attribute, dropped, checkpointed, values,
     ],
-)
-def test_what_a_trace_would_change_is_not_traced(model, reason):
-    model.train()
-    model.relu.eval()
-    keys = {name for name in model.state_dict() if "running" not in name and "num_batches" not in name}
-    conversion = convert_batchnorm(model)
-    assert conversion.model is model and conversion.fused == [] and reason in conversion.left["norm"]
-    assert model.state_dict().keys() == keys | {"norm.mean_scale"}
-    assert model.training and model.norm.training and not model.relu.training
-    assert not any("tensor_constant" in name or name == "seen" for name in vars(model))
-    output = model.eval()(x := torch.randn(2, 3, 8, 8))
-    assert isinstance(output, torch.Tensor) and torch.equal(output, model(x))
+)  # fmt: skip
+def test_what_is_no_operation_is_kept(forward):
+    """Contexts, random branches, the state of Python, checkpoints: the forward is the network's own."""
+    model = Around(forward, head=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model.factor = 1
+    literal, converted = both(model)
+    literal.factor = converted.factor = 3
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        equal(literal, converted, x)
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            expected = literal(x)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            torch.testing.assert_close(converted(x), expected, rtol=0, atol=1e-12)
 
 
-def test_hooks_go_on_running():
-    """Of the layers themselves, of one that contains them, and of pruning."""
-    calls = []
-    for hooked in ("conv", "norm", "relu", ""):
-        inner = Around()
-        inner.get_submodule(hooked).register_forward_hook(lambda *_, hooked=hooked: calls.append(hooked))
-        conversion = convert_batchnorm(nn.Sequential(inner))
-        assert conversion.fused == [] and list(conversion.left) == ["0.norm"]
-        conversion.model(torch.randn(2, 3, 8, 8))
-    assert calls == ["conv", "norm", "relu", ""]
-    model = Around()
-    prune.l1_unstructured(model.conv, "weight", 0.5)
-    conversion = convert_batchnorm(model)
-    assert conversion.left == {"norm": "fused with its ReLU only: its convolution has hooks"}
-    for _ in range(2):  # the second time with filters that were made afresh
-        conversion.model(torch.randn(2, 3, 8, 8)).sum().backward()
+def test_autocast_regions_are_kept():
+    def wide(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.conv(x.float())
+        return self.norm(x)
+
+    def inside(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.conv(x)
+        return self.norm(x)
+
+    for forward, outside in ((wide, True), (inside, False)):
+        model = Around(forward)
+        plain = convert_batchnorm(copy.deepcopy(model), fuse=False).model
+        converted = convert_batchnorm(model).model
+        x = torch.randn(2, 3, 6, 6)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            expected, got = plain(x), converted(x)
+        assert expected.dtype == got.dtype == (torch.float32 if outside else torch.bfloat16)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-def test_layers_called_by_keyword():
-    class Keywords(Around):
+def test_own_train_methods_and_side_effects_are_kept():
+    class Own(Around):
+        seen, log = 0, None
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+            self.log, self.dropout = [], nn.Dropout(0.5)
+
         def forward(self, x):
-            return self.relu(self.norm(input=self.conv(input=x)))
+            self.count += 1
+            self.seen = self.run(x)
+            self.log.append(self.seen)
+            return self.dropout(self.seen)
 
-    conversion = convert_batchnorm(Keywords())
-    assert conversion.fused == ["norm"]
-    conversion.model(torch.randn(2, 3, 8, 8)).sum().backward()
+        def train(self, mode=True):
+            super().train(mode)
+            self.dropout.eval()
+            return self
+
+    state, python = torch.get_rng_state(), random.getstate()
+    model = convert_batchnorm(Own()).model
+    assert model.count == 0 and model.log == [] and model.seen == 0
+    assert python == random.getstate() and isinstance(model, Own) and state.shape == torch.get_rng_state().shape
+    output = model.train()(torch.randn(2, 3, 6, 6))
+    assert not model.dropout.training and output is model.log[0] and model.count == 1
+
+
+def test_random_numbers_are_not_drawn():
+    model = Around(random_depth, head=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    state, python = torch.get_rng_state(), random.getstate()
+    assert convert_batchnorm(model).replaced == ["norm", "head.1"]
+    assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
+
+
+def test_an_input_overwritten_between_convolution_and_norm_raises():
+    def between(self, x):
+        x = x * 1
+        y = self.conv(x)
+        F.relu(x, inplace=True)
+        return self.norm(y)
+
+    model = Around(between)
+    plain = convert_batchnorm(copy.deepcopy(model), fuse=False).model
+    converted = convert_batchnorm(model).model
+    x = torch.randn(2, 3, 6, 6)
+    with pytest.raises(RuntimeError, match="modified in place before its output was read.*fuse=False"):
+        converted(x)
+    with torch.no_grad():
+        assert torch.equal(plain(x), converted(x))
+
+
+def test_checkpointing_goes_on_saving_memory():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointWrapper,
+        apply_activation_checkpointing,
+    )
+
+    model = convert_batchnorm(nn.Sequential(Around(), Around(lambda self, x: self.run(x[:, :3])))).model
+    x = torch.randn(2, 3, 16, 16)
+    before, expected = kept(model, x), model(x)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Around))
+    assert isinstance(model[0], CheckpointWrapper)
+    assert torch.equal(model(x), expected) and kept(model, x) < 0.7 * before
+
+
+def test_hooks_run_and_see_maps():
+    """Of every layer and of what contains them, hung on before or after; pruning and parametrisations too."""
+    names = ("0.conv", "0.norm", "0.relu", "0", "")
+    for early in (True, False):
+        calls = []
+
+        def hang(model, calls=calls):
+            for name in names:
+                module = model.get_submodule(name)
+                module.register_forward_hook(lambda m, i, o: calls.append((m, type(i[0]), type(o))))
+                module.register_full_backward_hook(lambda m, i, o: calls.append((m, o[0].shape)))
+            return model
+
+        model = nn.Sequential(Around(), nn.Flatten())
+        literal, converted = both(model)
+        conversion = convert_batchnorm(hang(nn.Sequential(Around(), nn.Flatten()))) if early else None
+        if early:
+            assert conversion.fused == [] and conversion.left == {"0.norm": "apart: it has hooks"}
+            conversion.model.double().load_state_dict(converted.state_dict())
+            converted = conversion.model
+        else:
+            hang(converted)
+        equal(literal, converted)
+        assert [type(call[0]) for call in calls[:5]] and len(calls) == 10
+        assert all(kind is torch.Tensor for call in calls if len(call) == 3 for kind in call[1:])
+
+
+def test_hooks_of_what_stands_between():
+    """The convolution is the last of one container, the norm the first of another."""
+    literal, converted = both(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.BatchNorm2d(4))))
+    equal(literal, converted)
+    shapes = []
+    for module in (converted[0], converted[1]):
+        module.register_full_backward_hook(lambda m, i, o: shapes.append(o[0].shape))
+        module.register_forward_hook(lambda m, i, o: shapes.append(o.shape) or o)
+    equal(literal, converted)
+    assert shapes == [(4, 4, 10, 12)] * 4
+
+
+def test_pruned_and_parametrised_convolutions():
+    for change in (lambda conv: prune.l1_unstructured(conv, "weight", 0.5), parametrizations.weight_norm):
+        model = Around()
+        change(model.conv)
+        conversion = convert_batchnorm(model)
+        assert conversion.fused == []
+        later = convert_batchnorm(Around()).model
+        later.conv.weight.data.copy_(model.conv.weight.detach())
+        change(later.conv)
+        for _ in range(2):  # the second time with filters that were made afresh
+            x = torch.randn(2, 3, 8, 8)
+            outputs = [network(x) for network in (conversion.model, later)]
+            torch.testing.assert_close(*outputs)
+            outputs[1].sum().backward()
+
+
+def test_what_reads_a_convolution_gets_its_maps():
+    model = convert_batchnorm(Around()).model
+    plain = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    plain.weight = model.conv.weight
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    maps, expected = model.conv(x), plain(x)
+    assert isinstance(model.conv, nn.Conv2d) and isinstance(maps, torch.Tensor) and maps.shape == expected.shape
+    assert torch.equal(maps, expected) and torch.equal(torch.cat([maps, maps]), torch.cat([expected] * 2))
+    maps += 1  # in place, as on any tensor
+    torch.testing.assert_close(model.norm(maps), model.norm(expected + 1))
+    assert torch.equal(*[torch.autograd.grad(m.square().sum(), x)[0] for m in (maps, expected + 1)])
+    x.requires_grad_(False)
+    with torch.no_grad():
+        assert type(model.conv(x)) is torch.Tensor
+    assert type(model.conv(x)) is Deferred
+
+
+def test_a_reader_that_hides_from_torch_loses_no_gradient():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, maps):
+            return 2 * maps
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    model = convert_batchnorm(Around()).model
+    output = Twice.apply(model.conv(torch.randn(2, 3, 6, 6)))
+    with pytest.raises(RuntimeError):
+        output.sum().backward()
+
+
+def test_layers_exchanged_after_conversion():
+    x = torch.randn(2, 3, 6, 6)
+    for name, other in (("conv", nn.Conv2d(3, 4, 1)), ("norm", nn.BatchNorm2d(4)), ("relu", nn.SiLU())):
+        model = convert_batchnorm(Around()).model
+        setattr(model, name, other)
+        norm = model.norm
+        maps = F.conv2d(x, model.conv.weight, model.conv.bias, padding=model.conv.padding)
+        expected = agc(maps, norm.weight, norm.bias, torch.ones(4))
+        if name == "norm":
+            expected = copy.deepcopy(norm)(maps)
+        torch.testing.assert_close(model(x), model.relu(expected))
+
+
+def test_copies_and_files_are_converted_networks():
+    model = convert_batchnorm(Around(run)).model
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(other.conv) is PairedConv2d and other.conv.watched == (other.norm,)
+        assert torch.equal(other(x), expected)
+        other.load_state_dict(model.state_dict())
+
+
+def run(self, x):
+    return self.run(x)
+
+
+def test_a_second_call_and_undoing():
+    model = nn.Sequential(Around(), ConvUnit(4, 4))
+    first = convert_batchnorm(model, fuse=False)
+    assert (first.replaced, first.fused, type(model[0].conv)) == (["0.norm"], [], nn.Conv2d)
+    second = convert_batchnorm(model)
+    assert (second.replaced, second.fused, second.left) == ([], ["0.norm"], {})
+    assert str(second).startswith("Sequential: nothing to replace, 1 AGC layers run as one step")
+    assert type(model[0].conv) is PairedConv2d
+    convert_batchnorm(model, fuse=False)
+    assert type(model[0].conv) is nn.Conv2d and not hasattr(model[0].conv, "watched")
+
+
+def test_scale_shift_and_the_object_itself_are_taken_over():
+    block = Block()
+    norm, weight = block.bn1, block.bn1.weight
+    handles = [norm]
+    convert_batchnorm(block)
+    assert block.bn1 is norm is handles[0] and type(norm) is AGC2d and norm.weight is weight
+    assert norm.mean_scale.tolist() == [1.0] * 8 and not hasattr(norm, "running_mean") and not hasattr(norm, "eps")
+    assert repr(norm) == "AGC2d(8, mean_scale=1)"
+    norm.reset_parameters()
 
 
 def test_a_layer_with_two_names_and_norms_of_other_kinds():
-    class FrozenBatchNorm2d(nn.Module):  # as torchvision has it
+    class FrozenBatchNorm2d(nn.Module):  # of an unknown package
         def __init__(self):
             super().__init__()
             self.register_buffer("running_mean", torch.zeros(4))
 
     model = nn.ModuleDict({"first": nn.BatchNorm2d(4), "frozen": FrozenBatchNorm2d(), "instance": nn.InstanceNorm1d(4)})
     model["again"] = model["first"]
-    conversion = convert_batchnorm(model, fuse=False)
+    conversion = convert_batchnorm(model)
     assert conversion.replaced == ["first"] and model["again"] is model["first"] and type(model["again"]) is AGC2d
-    assert conversion.left == {"frozen": "stays: FrozenBatchNorm2d is not BatchNorm2d"}
-    assert convert_batchnorm(nn.BatchNorm2d(4)).left == {"": "stays: it is the whole network; use AGC2d"}
+    assert conversion.left["frozen"] == "stays, FrozenBatchNorm2d: it is not BatchNorm2d"
+    assert conversion.left["first"].startswith("apart: it is not seen in a trace of the network (")
+    assert convert_batchnorm(nn.BatchNorm2d(4)).replaced == [""]
+
+
+def test_frozen_norms_of_torchvision():
+    ops = pytest.importorskip("torchvision").ops
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), ops.FrozenBatchNorm2d(4), nn.ReLU())
+    conversion = convert_batchnorm(model)
+    assert conversion.fused == ["1"] and set(model.state_dict()) == {"0.weight", "1.weight", "1.bias", "1.mean_scale"}
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert [name for name, _ in model.requires_grad_().named_parameters()] == ["0.weight"]
+
+
+def test_synchronised_norms_of_maps_only():
+    maps = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.Sequential(*maps, nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    conversion = convert_batchnorm(model)
+    assert conversion.replaced == conversion.fused == ["1"]
+    assert conversion.left == {"5": "stays, SyncBatchNorm: it is not seen behind a two-dimensional layer"}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_norms_of_timm_that_bring_their_activation(act):
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=act)).double()
+    conversion = convert_batchnorm(model, 0.8)
+    assert conversion.replaced == conversion.fused == ["1"] and isinstance(model[1], AGC2d)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    norm = model[1]
+    expected = act()(agc(F.conv2d(x, model[0].weight, model[0].bias), norm.weight, norm.bias, norm.mean_scale))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
 
 
 def test_what_is_frozen_and_in_evaluation_stays_so():
@@ -193,11 +537,11 @@ def test_what_is_frozen_and_in_evaluation_stays_so():
     model[1] = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     model[0].requires_grad_(False)
     model.train()[2].eval()
+    model[0].norm.eval()
     conversion = convert_batchnorm(model)
     assert conversion.fused == ["0.norm", "1.1"]
-    assert not conversion.model.get_parameter("0.norm.mean_scale").requires_grad
-    assert conversion.model.get_parameter("1.1.mean_scale").requires_grad
-    assert conversion.model.training and not conversion.model.get_submodule("2").training
+    assert not model[0].norm.mean_scale.requires_grad and model[1][1].mean_scale.requires_grad
+    assert model.training and not model[2].training and not model[0].norm.training and model[1][1].training
 
 
 def test_norm_without_affine_and_modes():
@@ -207,21 +551,56 @@ def test_norm_without_affine_and_modes():
     assert conversion.model.state_dict().keys() == {"0.weight", "1.weight", "1.bias", "1.mean_scale"}
 
 
+def test_parts_of_what_cannot_be_traced_or_copied():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.inner = nn.ModuleList([Around(), Around()]), Around(values)
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.generator = (i for i in range(3))  # cannot be copied
+
+        def forward(self, features):
+            x = sum(block(x) for block, x in zip(self.blocks, features, strict=True))
+            return self.norm(self.conv(x)) + self.inner(x[:, :3])
+
+    model = Decoder()
+    conversion = convert_batchnorm(model)
+    assert conversion.fused == ["blocks.0.norm", "blocks.1.norm"]
+    assert set(conversion.left) == {"norm", "inner.norm"} and "cannot pickle" in conversion.left["norm"]
+    del model.generator
+    assert "norm" in convert_batchnorm(model).left  # its forward goes over a list
+
+    sequence = nn.Sequential(Around(values), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert convert_batchnorm(sequence).fused == ["2"]  # what cannot be traced is a step of the sequence
+
+
+def test_maps_of_one_position_are_warned_of():
+    def pooled():
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    with pytest.warns(UserWarning, match="^2 get maps of 1x1, of which AGC with λ = 1 leaves nothing but β"):
+        model = convert_batchnorm(pooled()).model
+    with pytest.warns(UserWarning, match=r"AGC2d\(4, mean_scale=1\) got maps of 1x1"):
+        model(torch.randn(2, 3, 4, 4))
+    model(torch.randn(2, 3, 4, 4))  # told once; a warning is an error here
+    convert_batchnorm(pooled(), mean_scale=0.5).model(torch.randn(2, 3, 4, 4))
+
+
 @pytest.mark.parametrize(
-    ("name", "norms", "fused"), [("resnet50", 53, 33), ("segmentation.deeplabv3_resnet50", 60, 40)]
+    ("name", "norms", "fused"),
+    [("resnet50", 53, 53), ("segmentation.deeplabv3_resnet50", 60, 60), ("densenet121", 121, 59)],
 )
+@pytest.mark.filterwarnings("ignore:.*1x1")
 def test_torchvision_trains_a_step(name, norms, fused):
     models = pytest.importorskip("torchvision").models
-    constructor = models.segmentation.deeplabv3_resnet50 if "deeplab" in name else models.resnet50
+    constructor = models.segmentation.deeplabv3_resnet50 if "deeplab" in name else getattr(models, name)
     options = {"weights": None, "weights_backbone": None} if "deeplab" in name else {"weights": None}
     conversion = convert_batchnorm(constructor(**options))
     assert (len(conversion.replaced), len(conversion.fused)) == (norms, fused)
     model = conversion.model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, 0.9)
-    for _ in range(2):
-        output = model(torch.randn(2, 3, 64, 64))
-        loss = (output["out"] if isinstance(output, dict) else output).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    output = model(torch.randn(2, 3, 64, 64))
+    loss = (output["out"] if isinstance(output, dict) else output).square().mean()
+    loss.backward()
+    optimizer.step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

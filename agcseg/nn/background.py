@@ -102,7 +102,7 @@ class BackgroundAGC2d(AGC2d):
         quantile: float = 0.5,
         median_gradient: bool = False,
     ) -> None:
-        super().__init__(num_features, mean_scale)
+        super().__init__(num_features, mean_scale=mean_scale)
         if background not in BACKGROUNDS:
             raise UserError(f"background={background!r} is not known; choose from {', '.join(BACKGROUNDS)}")
         if not (0 < window < 1 or (window >= 3 and window % 2 == 1)):

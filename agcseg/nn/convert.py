@@ -1,24 +1,32 @@
-"""AGC instead of batch normalisation in a network that somebody else wrote."""
+"""AGC instead of batch normalisation in a network that somebody else wrote, in place."""
 
-import inspect
+import textwrap
+import warnings
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from agcseg.nn.agc import AGC2d
-from agcseg.nn.fast import AGCReLU2d, Geometry, agc_unit
+from agcseg.nn.conv import ConvUnit
+from agcseg.nn.find import Findings, find
+from agcseg.nn.pairs import PairedConv2d, has_hooks
+
+# By name, as their packages need not be installed.
+FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
+ANY_SHAPE = ("torch.nn.modules.batchnorm.SyncBatchNorm", "timm.layers.norm_act.SyncBatchNormAct")
+KINDS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d", *ANY_SHAPE, *FROZEN)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+SETTINGS = ("eps", "momentum", "affine", "track_running_stats", "process_group")
 
 
 class Conversion(NamedTuple):
-    """What `convert_batchnorm` did.
+    """What `convert_batchnorm` did; printed, a summary.
 
     Attributes:
-        model: the network with AGC.
-        replaced: names of the layers that were batch normalisation and are `AGC2d` now.
-        fused: those of them that run as one step with their convolution and ReLU.
-        left: name -> why a batch normalisation stayed, or why an AGC runs apart from its convolution or ReLU.
+        model: the network itself, with AGC.
+        replaced: names of the layers that were batch normalisation and are AGC now.
+        fused: names of the AGC layers that run as one step with the convolution in front of them.
+        left: name -> why a batch normalisation stayed, or why an AGC runs apart from a convolution.
     """
 
     model: nn.Module
@@ -26,184 +34,163 @@ class Conversion(NamedTuple):
     fused: list[str]
     left: dict[str, str]
 
+    def __str__(self) -> str:
+        stay = {name: reason for name, reason in self.left.items() if reason.startswith("stays")}
+        apart = {name: reason for name, reason in self.left.items() if name not in stay}
+        lines = [
+            f"{type(self.model).__name__}: {len(self.replaced)} layers of batch normalisation are AGC now, "
+            f"{len(self.fused)} AGC layers run as one step with the convolution in front of them.",
+            *_by_reason(apart),
+            *_by_reason(stay),
+        ]
+        if not self.replaced:
+            lines[0] = lines[0].replace("0 layers of batch normalisation are AGC now", "nothing to replace")
+        return "\n".join(lines)
+
+
+def _by_reason(names: dict[str, str]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        reasons.setdefault(reason, []).append(name or "(the network)")
+    lines = [f"{len(of)} {reason}: {', '.join(of)}" for reason, of in reasons.items()]
+    return [f"  {textwrap.shorten(line, 150, placeholder=' ...')}" for line in lines]
+
 
 def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = True) -> Conversion:
-    """Replace every BatchNorm2d of `model` by AGC2d, in place, with its scale and shift as γ and β.
+    """Make every batch normalisation of maps in `model` AGC, in place, with its scale and shift as γ and β.
 
-    Where convolution, batch normalisation and ReLU follow each other and nothing else reads what is between them, the
-    three become one step of autograd (`agcseg.nn.fast`) that keeps no map but what its neighbours keep anyway; where
-    only the ReLU is at hand, those two do. That needs a symbolic trace of the network (`torch.fx`): `Conversion.model`
-    is then a `GraphModule` with the parameters and the state_dict keys of `model`. A network that cannot be traced
-    keeps its own class and forward, with AGC2d in it. So does one that its trace would change: whose forward differs
-    between training and evaluation (beyond what layers of torch.nn do), has optional arguments, makes tensors of its
-    own, stores something in the network or leaves parameters unused, or that has hooks on more than single layers.
+    The network stays what it is: the same object of the same class, with its forward, methods, modes and hooks; its
+    state_dict loses the running statistics and gains λ (`mean_scale`). BatchNorm2d, SyncBatchNorm behind a
+    two-dimensional layer, torchvision's frozen form and timm's forms with an activation are replaced; what was frozen
+    stays frozen, λ too.
+
+    Where only an AGC reads what a Conv2d gives, the two run as one step of autograd that keeps no map but the
+    convolution's input (`agcseg.nn.pairs`). Which belong together is found by tracing copies of the network, or of its
+    parts; the forward itself is not touched, and a convolution whose output something else reads after all, or that has
+    hooks, runs by itself. Values and gradients are those of the layers one by one.
 
     AGC does not divide by a standard deviation: a network trained with batch normalisation has to be trained on. On a
-    map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β: give such layers a smaller λ.
+    map of 1x1, as behind a global pooling, AGC with λ = 1 leaves nothing but β; where that is seen, a warning names the
+    layers: give them a smaller λ.
 
     Args:
-        model: any network. Its layers are replaced.
+        model: any network.
         mean_scale: initial λ, not trained where the scale is frozen.
-        fuse: fuse where possible; False only replaces the layers.
+        fuse: run AGC as one step with its convolution; False only replaces the layers, and undoes it in a network that
+            was converted before.
 
     Returns:
-        the converted network, with lists of what was and what was not done.
+        the network, with lists of what was and what was not done. Of one that is converted already the first is empty.
     """
-    replaced, left, layers = [], {}, {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
-        if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            continue
-        reason = _why_stays(name, module)
+    findings = find(model, lambda module: isinstance(module, AGC2d) or _kind(module) in KINDS)
+    layers = dict(model.named_modules())
+    units = {unit.norm: unit for unit in layers.values() if isinstance(unit, ConvUnit)}
+    replaced, left = [], {}
+    for name, module in layers.items():
+        reason = _why_stays(name, module, findings)
         if reason:
             left[name] = reason
-            continue
-        if module not in layers:
-            layers[module] = _agc_of(module, mean_scale)
+        elif _kind(module) in KINDS:
+            _become_agc(module, mean_scale)
             replaced.append(name)
-        model.set_submodule(name, layers[module])
-    if not fuse or not replaced:
-        return Conversion(model, replaced, [], left)
-    try:
-        traced, apart = _fuse(model, _trace(model), replaced)
-    except Exception as error:  # whatever a forward that cannot be traced raises
-        reason = f"not fused: the network cannot be traced ({(str(error) or type(error).__name__).splitlines()[0]})"
-        return Conversion(model, replaced, [], left | dict.fromkeys(replaced, reason))
-    return Conversion(traced, replaced, [name for name in replaced if name not in apart], left | apart)
-
-
-def _why_stays(name: str, norm: nn.Module) -> str | None:
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return f"stays: {type(norm).__name__} is not BatchNorm2d"
-    if not name:
-        return "stays: it is the whole network; use AGC2d"
-    return "stays: it has hooks" if _has_hooks(norm) else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward: pruning, the old weight norm, whatever users hang on."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    """What the forward does, in training as in evaluation; raises where it is not known for every call."""
-    arguments = inspect.signature(model.forward).parameters.values()
-    if any(a.default is not a.empty or a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
-        raise ValueError("its forward has optional arguments")
-    if _has_hooks(model):
-        raise ValueError("it has hooks")
-    states = {module: dict(vars(module)) for module in model.modules()}
-    try:
-        training, evaluation = (_Tracer().trace(model.train(mode)) for mode in (True, False))
-        stored = [
-            name
-            for module, state in states.items()
-            for name, value in vars(module).items()
-            if name != "training" and value is not state.get(name, states)
-        ]
-    finally:  # the modes, and what the forward may have left
-        for module, state in states.items():
-            vars(module).clear()
-            vars(module).update(state)
-    if str(training) != str(evaluation):
-        raise ValueError("its forward is not the same in training and evaluation, or makes tensors of its own")
-    if stored:
-        raise ValueError(f"its forward stores something, as {stored[0]}")
-    return training
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        leaf = isinstance(module, AGC2d) or super().is_leaf_module(module, name)
-        if not leaf and _has_hooks(module):
-            raise ValueError(f"{name} has hooks")
-        return leaf
-
-
-class _Unit(AGC2d):
-    """AGC2d that runs its convolution and ReLU too; the convolution's filters come as an argument."""
-
-    geometry: Geometry
-
-    def forward(self, input: Tensor, filters: Tensor) -> Tensor:
-        return agc_unit(input, filters, self.weight, self.bias, self.mean_scale, geometry=self.geometry)
-
-
-def _agc_of(norm: nn.Module, mean_scale: float) -> AGC2d:
-    like = norm.weight if norm.affine else norm.running_mean
-    options = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    agc = AGC2d(norm.num_features, mean_scale, **options).train(norm.training)
-    if norm.affine:
-        agc.weight, agc.bias = norm.weight, norm.bias
-        agc.mean_scale.requires_grad_(norm.weight.requires_grad)
-    return agc
-
-
-def _as(kind: type[AGC2d], agc: AGC2d) -> AGC2d:
-    """The same layer, parameters shared, as another kind."""
-    other = kind(agc.num_features, agc.initial_mean_scale, device="meta").train(agc.training)
-    other.weight, other.bias, other.mean_scale = agc.weight, agc.bias, agc.mean_scale
-    return other
-
-
-def _fuse(model: nn.Module, graph: fx.Graph, names: list[str]) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A module that runs `graph` with ReLU, and where possible the convolution, taken into each AGC of `names`."""
-    modules, layers, convolutions = dict(model.named_modules()), {}, {}
-    apart = dict.fromkeys(names, "not fused: the trace does not see it")
-    uses = [node.target for node in graph.nodes if node.op == "call_module"]
-    for node in list(graph.nodes):
-        if node.op != "call_module" or node.target not in apart:
+    fused = []
+    for module in layers.values() if not fuse else ():
+        if type(module) is PairedConv2d:
+            module.__class__ = nn.Conv2d
+            vars(module).pop("watched", None)
+    for name, module in layers.items():
+        if not fuse or not isinstance(module, AGC2d):
             continue
-        name, relu, conv = node.target, next(iter(node.users), None), _input(node)
-        if relu is None or len(node.users) > 1 or not _is_relu(relu, modules) or uses.count(name) > 1:
-            apart[name] = "not fused: no ReLU behind it, or more than that"
+        if module in units:  # they find their own way
             continue
-        relu.replace_all_uses_with(node)
-        graph.erase_node(relu)
-        reason = _why_apart(conv, modules, uses)
+        reason = _why_apart(name, layers, findings)
         if reason:
-            layers[name], apart[name] = _as(AGCReLU2d, modules[name]), f"fused with its ReLU only: {reason}"
-            continue
-        layer, unit = modules[conv.target], _as(_Unit, modules[name])
-        unit.geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-        layers[name], convolutions[conv.target] = unit, layer
-        with graph.inserting_before(node):
-            node.args, node.kwargs = (_input(conv), graph.get_attr(f"{conv.target}.weight")), {}
-        graph.erase_node(conv)
-        del apart[name]
-    traced = fx.GraphModule(model, graph, type(model).__name__)
-    for name, layer in {**layers, **convolutions}.items():  # of a convolution the graph needs the filters only
-        traced.set_submodule(name, layer)
-    lost = sorted(model.state_dict().keys() ^ traced.state_dict().keys())
-    if lost:
-        raise ValueError(f"its forward does not use {lost[0]}, or under another name")
-    for name, module in traced.named_modules():
-        module.training = modules[name].training
-    return traced, apart
+            left[name] = f"apart: {reason}"
+        else:
+            _pair(name, layers, findings)
+            fused.append(name)
+    points = [name for name in replaced if layers[name] in findings.points]
+    if points and mean_scale == 1:
+        warnings.warn(
+            f"{', '.join(points)} get maps of 1x1, of which AGC with λ = 1 leaves nothing but β: fill their mean_scale "
+            "with less",
+            stacklevel=2,
+        )
+    return Conversion(model, replaced, fused, left)
 
 
-def _input(node: fx.Node) -> fx.Node:
-    return node.args[0] if node.args else node.kwargs["input"]
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _why_apart(conv: fx.Node, modules: dict[str, nn.Module], uses: list[str]) -> str | None:
-    """Why a convolution cannot be taken into the AGC behind it."""
-    if conv.op != "call_module" or type(modules[conv.target]) is not nn.Conv2d:
-        return "no Conv2d in front"
-    layer = modules[conv.target]
-    if layer.bias is not None:
-        return "its convolution has a bias"
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"its convolution pads by {layer.padding_mode!r}, {layer.padding!r}"
-    if _has_hooks(layer):
-        return "its convolution has hooks"
-    if len(conv.users) > 1 or uses.count(conv.target) > 1:
-        return "its convolution is read or used elsewhere too"
+def _why_stays(name: str, module: nn.Module, findings: Findings) -> str | None:
+    """Why a batch normalisation stays what it is; None of anything else."""
+    kind = _kind(module)
+    if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return None
+    if kind in ANY_SHAPE and module not in findings.two_dimensional:
+        return f"stays, {type(module).__name__}: it is not seen behind a two-dimensional layer"
+    return None if kind in KINDS else f"stays, {type(module).__name__}: it is not BatchNorm2d"
+
+
+def _become_agc(norm: nn.Module, mean_scale: float) -> None:
+    """Make a batch normalisation AGC, the same object: whoever holds it, and its hooks, keep it."""
+    like = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+    options = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    num_features = norm.num_features if like is None else len(like)
+    fresh = AGC2d(num_features, mean_scale=mean_scale, **options)
+    for name in (*STATISTICS, *SETTINGS):
+        norm._buffers.pop(name, None)
+        norm._non_persistent_buffers_set.discard(name)
+        vars(norm).pop(name, None)
+    norm.__class__ = AGCAct2d if hasattr(norm, "act") else AGC2d
+    norm.num_features, norm.initial_mean_scale = num_features, mean_scale
+    if norm.weight is None:
+        norm.weight, norm.bias = fresh.weight, fresh.bias
+    if "weight" in norm._buffers:  # frozen for good
+        norm.register_buffer("mean_scale", fresh.mean_scale.detach())
+    else:
+        norm.mean_scale = fresh.mean_scale.requires_grad_(norm.weight.requires_grad)
+
+
+class AGCAct2d(AGC2d):
+    """What timm's BatchNormAct2d becomes: AGC, then its modules `drop` and `act`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+def _why_apart(name: str, layers: dict[str, nn.Module], findings: Findings) -> str | None:
+    """Why an AGC does not run as one step with a convolution."""
+    norm = layers[name]
+    if norm not in findings.sources:
+        parts = [part for part in findings.errors if norm in set(part.modules())]
+        why = f" ({findings.errors[parts[0]]})" if parts else ""
+        return f"it is not seen in a trace of the network{why}"
+    if has_hooks(norm):
+        return "it has hooks"
+    for source in findings.sources[norm]:
+        if isinstance(source, str):
+            return f"no convolution in front of it, but {source}"
+        if type(source) not in (nn.Conv2d, PairedConv2d):
+            return f"no Conv2d in front of it, but {type(source).__name__}"
+        if not findings.alone.get(source):
+            return "its convolution is read elsewhere too"
+        if source.padding_mode != "zeros" or source.padding == "same":
+            return f"its convolution pads by {source.padding_mode!r}, {source.padding!r}"
+        if has_hooks(source):
+            return "its convolution has hooks"
     return None
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU and not _has_hooks(modules[node.target])
-    return node.target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+def _pair(name: str, layers: dict[str, nn.Module], findings: Findings) -> None:
+    names = {module: name for name, module in layers.items()}
+    for conv in findings.sources[layers[name]]:
+        path, other = names[conv].split("."), name.split(".")
+        common = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), 0)
+        passed = (*_below(path[:-1], common), *_below(other, common))
+        conv.__class__, conv.watched = PairedConv2d, tuple(layers[name] for name in passed if name in layers)
+
+
+def _below(path: list[str], common: int) -> list[str]:
+    return [".".join(path[: i + 1]) for i in range(common, len(path))]

@@ -25,13 +25,13 @@ def agc_norm(
 ) -> AGC2d:
     """AGC2d, whose background is the mean of the map, or AGC with another one (see `agcseg.nn.background`)."""
     if background == "map":
-        return AGC2d(num_features, mean_scale)
+        return AGC2d(num_features, mean_scale=mean_scale)
     return BackgroundAGC2d(num_features, mean_scale, background, window, quantile, median_gradient)
 
 
 def center(num_features: int, mean_scale: float = 1.0) -> AGC2d:
     """AGC whose λ is fixed: 1 subtracts each map's mean, 0 leaves gain and bias alone."""
-    norm = AGC2d(num_features, mean_scale)
+    norm = AGC2d(num_features, mean_scale=mean_scale)
     norm.mean_scale.requires_grad_(False)
     return norm
 
@@ -44,7 +44,7 @@ class AGCStd2d(AGC2d):
     """
 
     def __init__(self, num_features: int, mean_scale: float = 1.0, eps: float = 1e-5) -> None:
-        super().__init__(num_features, mean_scale)
+        super().__init__(num_features, mean_scale=mean_scale)
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:

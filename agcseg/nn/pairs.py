@@ -20,7 +20,8 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._pytree import tree_map_only
 
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
-from agcseg.nn.fast import Geometry, _convolve, _convolve_backward, _mean, _scale
+from agcseg.nn.passes import sums
+from agcseg.nn.unit import Geometry, _convolve, _convolve_backward, _scale
 
 UNPADDED = Geometry(padding=(0, 0))
 
@@ -70,7 +71,7 @@ class _AGCConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, geometry, input, filters, weight, bias, mean_scale):
         z = _convolve((input,), filters, weight, geometry)
-        mean = _mean(z)
+        mean = sums(z) / z.shape[2:].numel()
         ctx.geometry, ctx.shape = geometry, input.shape[1:]
         kept = input if any(ctx.needs_input_grad[i] for i in (2, 3, 5)) else None
         ctx.save_for_backward(kept, filters, weight, bias, mean_scale, mean)
@@ -82,7 +83,7 @@ class _AGCConv2d(torch.autograd.Function):
         need_input, *needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *_second_derivative(ctx, grad)
-        s = grad.sum((2, 3), dtype=mean.dtype)
+        s = sums(grad)
         d_bias = s.sum(0).to(weight.dtype) if needs[2] else None
         d_mean_scale = -(mean * s).sum(0).to(weight.dtype) if needs[3] else None
         d_input = d_filters = d_weight = None

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 
 import filelock
@@ -18,7 +19,7 @@ from agcseg.data import LAYOUTS, open_data, streets_root
 from agcseg.data.cache import contours, digests, open_cache
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN
 from agcseg.data.layout import check, list_samples
-from agcseg.data.minibatches import MEAN, STD, choose, histogram, minibatches, normalise, open_split
+from agcseg.data.minibatches import MEAN, STD, choose, histogram, minibatches, normalise, open_split, read_ahead
 from agcseg.errors import UserError
 from agcseg.training.run import run
 
@@ -315,6 +316,34 @@ def test_contours_come_when_wanted_and_are_flipped_too(streets, tmp_path, split)
         # every border between classes is marked, mirrored or not
         between = torch.from_numpy(np.stack([contours(label, label) for label in labels.numpy()]))
         assert (marked.bool() | ~between).all()
+
+
+def test_parts_are_read_ahead_by_a_thread():
+    parts = [torch.arange(7).byte(), torch.rand(7, 2, 3)]
+    rows = [torch.tensor(some) for some in ([6, 1, 0], [2, 2, 5], [3], [4, 0, 1], [5])]
+    threads = threading.active_count()
+    every = list(read_ahead(parts, rows, CPU))  # kept: no minibatch may be overwritten by a later one
+    assert threading.active_count() == threads and len(every) == len(rows)
+    for some, read in zip(rows, every, strict=True):
+        assert all(torch.equal(part[some], one) for part, one in zip(parts, read, strict=True))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_reading_ahead_ends_early(taken):
+    threads = threading.active_count()
+    reading = read_ahead([torch.arange(7)], [torch.tensor([k]) for k in range(7)], CPU)
+    assert [next(reading)[0].item() for _ in range(taken)] == list(range(taken))
+    reading.close()
+    assert threading.active_count() == threads
+
+
+def test_what_fails_while_reading_ahead_is_raised():
+    threads = threading.active_count()
+    reading = read_ahead([torch.arange(3)], [torch.tensor([0]), torch.tensor([9])], CPU)
+    assert next(reading)[0].item() == 0
+    with pytest.raises(IndexError, match="out of range"):
+        next(reading)
+    assert threading.active_count() == threads
 
 
 def test_normalisation():

@@ -1,6 +1,9 @@
 """Minibatches, cut straight from the memory map or from the device."""
 
-from collections.abc import Iterator
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,8 +67,8 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
 def histogram(split: Split, num_classes: int) -> list[int]:
     """Labelled pixels of each class."""
     counts = torch.zeros(256, dtype=torch.int64)
-    for i in split.indices:
-        counts += torch.bincount(split.labels[int(i)].flatten(), minlength=256).cpu()
+    for rows in torch.from_numpy(split.indices).split(64):  # bincount waits for the device
+        counts += torch.bincount(split.labels[rows].flatten(), minlength=256).cpu()
     return counts[:num_classes].tolist()
 
 
@@ -98,22 +101,84 @@ def minibatches(
     first, processes = share
     if shuffle is None:
         order, first, processes = order[first::processes], 0, 1
-    on_device = split.images.device == device
+    steps = [slice(start + first, start + minibatch, processes) for start in range(0, len(order), minibatch)]
     parts = [part for part in (split.images, split.labels, split.contours) if part is not None]
-    for start in range(0, len(order), minibatch):
-        chosen = torch.from_numpy(order[start : start + minibatch][first::processes])
-        images, *truth = (part[chosen] for part in parts)
-        if not on_device:
-            images, *truth = (part.pin_memory().to(device, non_blocking=True) for part in (images, *truth))
-        if flips is not None:
-            mirrored = torch.from_numpy(flips[start : start + minibatch][first::processes]).to(device)
-            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-            truth = [torch.where(mirrored.view(-1, 1, 1), part.flip(-1), part) for part in truth]
-        yield normalise(images), *truth
+    constants = [_sent(constant, device) for constant in normalisation()]
+    mirrored = None if flips is None else _sent(torch.from_numpy(flips).view(-1, 1, 1), device)
+    chosen = torch.from_numpy(order)
+    if split.images.device.type == device.type:
+        chosen = _sent(chosen, device)  # all at once: an index from the CPU would wait for the device in every step
+        loaded = ([part[chosen[step]] for part in parts] for step in steps)
+    else:
+        loaded = read_ahead(parts, [chosen[step] for step in steps], device)
+    with contextlib.closing(loaded):
+        for step, (images, *truth) in zip(steps, loaded, strict=True):
+            if mirrored is not None:
+                images = torch.where(mirrored[step].unsqueeze(1), images.flip(-1), images)
+                truth = [torch.where(mirrored[step], part.flip(-1), part) for part in truth]
+            yield normalise(images, constants), *truth
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB images (N, 3, H, W) to the float32 values that networks are trained on: (x/255 - MEAN) / STD."""
-    std = images.new_tensor(STD, dtype=torch.float32).view(3, 1, 1)
-    mean = images.new_tensor(MEAN, dtype=torch.float32).view(3, 1, 1)
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+def read_ahead(parts: list[Tensor], steps: list[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+    """Yield the rows `steps[0]`, `steps[1]`, ... of each part on the device, while a thread reads the next ones.
+
+    They pass through two buffers in pinned memory in turn, so that neither this thread nor the device waits for a file
+    that is read or for a copy that is made. What the thread raises is raised here.
+    """
+    pinned = device.type == "cuda"
+    longest = max(map(len, steps), default=0)
+    free, filled = queue.SimpleQueue(), queue.SimpleQueue()
+    for _ in range(2):
+        buffers = [torch.empty(longest, *part.shape[1:], dtype=part.dtype, pin_memory=pinned) for part in parts]
+        free.put((buffers, torch.cuda.Event(blocking=True) if pinned else None))
+
+    def read() -> None:
+        try:
+            for rows in steps:
+                buffers, copied = free.get()
+                if buffers is None:
+                    return
+                if copied:
+                    copied.synchronize()  # the device may still read what the buffers hold
+                for part, buffer in zip(parts, buffers, strict=True):
+                    torch.index_select(part, 0, rows, out=buffer[: len(rows)])
+                filled.put((buffers, copied))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the other thread must hear of it
+            filled.put((error, None))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        for rows in steps:
+            buffers, copied = filled.get()
+            if isinstance(buffers, BaseException):
+                raise buffers
+            sent = [buffer[: len(rows)].to(device, non_blocking=True, copy=True) for buffer in buffers]
+            if copied:
+                copied.record()
+            free.put((buffers, copied))
+            yield sent
+    finally:
+        free.put((None, None))
+        reader.join()
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def normalisation() -> tuple[Tensor, Tensor]:
+    """Factor and subtrahend of `normalise`, (3, 1, 1) each."""
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
+    return 1 / (255 * std), mean / std
+
+
+def normalise(images: Tensor, constants: Sequence[Tensor] | None = None) -> Tensor:
+    """uint8 RGB images (N, 3, H, W) to the float32 values that networks are trained on: (x/255 - MEAN) / STD.
+
+    Args:
+        constants: `normalisation()` on the device of `images`, where it was sent once for many of them.
+    """
+    factor, subtrahend = constants or [constant.to(images.device) for constant in normalisation()]
+    return images.float().mul_(factor).sub_(subtrahend)

@@ -20,9 +20,11 @@ def count(prediction: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor,
     """
     valid = labels != IGNORE
     wrong = ((prediction != labels) & valid).sum((1, 2))
-    pairs = labels[valid].long() * num_classes + prediction[valid].long()
-    confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-    return wrong, valid.sum((1, 2)), confusion
+    cells = num_classes**2  # and one more, for pixels that do not count
+    pairs = torch.where(valid, labels.long() * num_classes + prediction, cells).flatten()
+    # Neither labels[valid] nor bincount: both wait for the device to say how much there is.
+    confusion = pairs.new_zeros(cells + 1).scatter_add_(0, pairs, pairs.new_ones(1).expand_as(pairs))
+    return wrong, valid.sum((1, 2)), confusion[:cells].view(num_classes, num_classes)
 
 
 def summarise(wrong: Tensor, valid: Tensor, confusion: Tensor) -> dict[str, float | list[float]]:

@@ -197,3 +197,17 @@ def test_image_losses():
     added = image_losses(coarse, labels[:, 2::4, 2::4], None, covered)
     for i in range(2):
         torch.testing.assert_close(deep[i], parts[i] + added[i])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_keeps_the_layout(memory_format):
+    logits, labels, weights = example()
+    logits = logits.contiguous(memory_format=memory_format).requires_grad_()
+    segmentation_loss(logits, labels, weights).sum().backward()
+    assert logits.grad.is_contiguous(memory_format=memory_format)
+    expected = logits.detach().clone().requires_grad_()
+    log_softmax = expected.log_softmax(1).gather(1, labels.long().unsqueeze(1) % 255)
+    valid = (labels != 255).unsqueeze(1)
+    costs = -log_softmax * weights[labels.long().unsqueeze(1) % 255] * valid / valid.sum((1, 2, 3), keepdim=True)
+    costs.sum().backward()
+    torch.testing.assert_close(logits.grad, expected.grad)

@@ -59,11 +59,12 @@ def validate(model: nn.Module, val: Split, weights, num_classes: int, config: Co
             columns += [iou, *counts.T]
         measured.append(torch.stack([column.double() for column in columns], 1))
         for i, position in enumerate(mine[done : done + len(images)]):
-            shown.append(prediction[i].byte().cpu() if position in wanted else None)
+            shown.append(prediction[i].byte() if position in wanted else None)
             if contours:
-                shown_contours.append(contour[i, 0].sigmoid().cpu() if position in wanted else None)
+                shown_contours.append(contour[i, 0].sigmoid() if position in wanted else None)
         done += len(images)
-    # Counts are exact in float64 too.
+    # Only here anything waits for the device. Counts are exact in float64 too.
+    shown, shown_contours = ([s if s is None else s.cpu() for s in some] for some in (shown, shown_contours))
     table = torch.tensor(parallel.gather(torch.cat(measured).tolist()), dtype=torch.float64)
     shown, shown_contours = ([s for s in parallel.gather(some) if s is not None] for some in (shown, shown_contours))
     wrong, labelled = table[:, 0], table[:, 1]
@@ -99,8 +100,8 @@ def loss_figures(what: str, losses: Tensor) -> dict[str, float]:
 def constant_error(commonest: int, val: Split, num_classes: int, device) -> float:
     """Validation pixel error of naming one class everywhere."""
     counts = []
-    for i in val.indices:
-        labels = val.labels[int(i)].unsqueeze(0).to(device)
+    for rows in torch.from_numpy(val.indices).split(16):
+        labels = val.labels[rows].to(device)
         counts.append(metrics.count(torch.full_like(labels, commonest), labels, num_classes))
     wrong, valid = (torch.cat([count[k] for count in counts]) for k in (0, 1))
     return metrics.summarise(wrong, valid, sum(count[2] for count in counts))["pixel_error"]

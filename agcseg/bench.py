@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from agcseg.config import DataConfig
 from agcseg.data import open_data
 from agcseg.data.minibatches import minibatches, open_split
 from agcseg.data.streets import make_streets
@@ -266,7 +267,8 @@ def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 6
     """Images per second that cache and minibatch code deliver on the device, with no network."""
     with tempfile.TemporaryDirectory() as folder:
         root = make_streets(Path(folder) / "streets", images, 1, size)
-        _, cached = open_data("streets", root, size, folder, say=lambda line: None)
+        data = DataConfig("streets", str(root), folder, list(size), None, None)
+        _, cached = open_data(data, say=lambda line: None)
         split = open_split(cached["train"], np.arange(images), torch.device(device))
         seconds = []
         for epoch in range(1, 6):

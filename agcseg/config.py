@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from agcseg.class_weights import CLASS_WEIGHTS
-from agcseg.data import LAYOUTS
+from agcseg.data import LAYOUTS, NAMES
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import NETWORKS, build
@@ -42,6 +42,19 @@ class StreetsConfig:
 
 
 @dataclass
+class FolderConfig:
+    """Where the files of `data=folder` lie; see `agcseg.data.layout.Layout` for the patterns."""
+
+    images: str = "images/{split}/**/{name}"
+    labels: str = "labels/{split}/**/{name}"
+    instances: Optional[str] = "instances/{split}/**/{name}"
+    train: str = "train"
+    val: str = "val"
+    classes: str = "classes.yaml"
+    instance_divisor: Optional[int] = None
+
+
+@dataclass
 class DataConfig:
     name: str = "cityscapes"
     root: Optional[str] = None
@@ -52,6 +65,8 @@ class DataConfig:
     choice_seed: int = 0
     flip: bool = False
     streets: StreetsConfig = field(default_factory=StreetsConfig)
+    val_share: Optional[float] = None
+    folder: FolderConfig = field(default_factory=FolderConfig)
 
 
 @dataclass
@@ -158,7 +173,7 @@ def check(config: Config) -> None:
     one_of("network.init", config.network.init, INITS)
     one_of("network.implementation", config.network.implementation, IMPLEMENTATIONS)
     one_of("norm", config.norm.name, NORMS)
-    one_of("data", data.name, LAYOUTS)
+    one_of("data", data.name, NAMES)
     one_of("class_weights", config.class_weights, CLASS_WEIGHTS)
     one_of("contour.loss", config.contour.loss, CONTOUR_LOSSES)
     one_of("precision", config.precision, ("fp32", "bf16"))
@@ -222,6 +237,21 @@ def check(config: Config) -> None:
             len(streets.size) == 2 and all(side >= 64 for side in streets.size),
             f"data.streets.size={streets.size}: must be [height,width], at least 64 each",
         )
+    share = data.val_share
+    expect(share is None or 0 < share < 1, f"data.val_share={share}: must be between 0 and 1, or null")
+    if data.name == "folder":
+        for key in ("images", "labels", "instances"):
+            pattern = getattr(data.folder, key)
+            expect(
+                pattern is None and key == "instances" or pattern is not None and "{name}" in pattern,
+                f"data.folder.{key}={pattern}: must hold {{name}}, which stands for the names of the files",
+            )
+            expect(
+                pattern is None or share is not None or "{split}" in pattern,
+                f"data.folder.{key}={pattern}: must hold {{split}}; or give data.val_share for a single folder",
+            )
+        divisor = data.folder.instance_divisor
+        expect(divisor is None or divisor > 1, f"data.folder.instance_divisor={divisor}: must be above 1, or null")
     if problems:
         raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
 
@@ -251,6 +281,6 @@ def _try_network(config: Config) -> nn.Module:
 
 def images_available(data: DataConfig) -> dict[str, int] | None:
     """How many images each split of a data set has, as far as that is known without looking."""
-    if data.name == "streets" and data.root is None:
+    if data.name == "streets" and data.root is None and data.val_share is None:
         return {"train": data.streets.train, "val": data.streets.val}
-    return LAYOUTS[data.name].expected if data.name in LAYOUTS else None
+    return LAYOUTS[data.name].expected if data.name in LAYOUTS and data.val_share is None else None

@@ -1,8 +1,6 @@
 """Pixel error and IoU of a trained network on a data set, with what they owe to the choice of images."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 
 import numpy as np
 import torch
@@ -10,8 +8,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from agcseg import metrics
-from agcseg.data.cache import contours, resize_image, resize_truth
+from agcseg.data.cache import contours, digest, digests, resize_image, resize_truth
 from agcseg.data.layout import Layout, Sample, load
+from agcseg.data.pictures import each
 from agcseg.errors import UserError
 from agcseg.trained import Trained, logits, prediction
 
@@ -30,7 +29,7 @@ def evaluate(
 
     Args:
         trained: its network on the device that computes.
-        layout: of the samples; its classes must be the network's.
+        layout: of the samples; its classes must have the names of the network's.
         samples: what is evaluated, from `agcseg.data.layout.list_samples`.
         full: at the labels' own resolution, the logits resized to it, as benchmarks do. Else at the training size, as
             in training, where a network with contours gets their figures too.
@@ -38,15 +37,16 @@ def evaluate(
         progress: wraps the iteration over minibatches.
 
     Returns:
-        ready for JSON: images, pixel_error, pixel_error_all and miou as in `agcseg.metrics.summarise`; the first and
-        the last with `_interval`, [low, high], 95 % by the bootstrap over images (None below two images); classes, a
-        list of class, iou, iou_interval, recall and share (of the labelled pixels), None where a class does not occur;
+        ready for JSON: images; digest, of the images as they were seen (`agcseg.data.cache.Cached.digest`);
+        pixel_error, pixel_error_all and miou as in `agcseg.metrics.summarise`, the first and the last with `_interval`,
+        [low, high], 95 % by the bootstrap over images (None below two images); classes, a list of class, iou,
+        iou_interval, recall and share (of the labelled pixels), None where a class does not occur;
         confusion, pixels of the true class (rows) by the predicted one.
 
     Raises:
         UserError: other classes, a file that cannot be used (it is named), or no labelled pixel at all.
     """
-    if layout.classes != trained.classes:
+    if layout.classes.names != trained.classes.names:
         raise UserError(
             f"{trained.path}: tells {', '.join(trained.classes.names)} apart; {layout.title} has "
             f"{', '.join(layout.classes.names)}"
@@ -57,20 +57,22 @@ def evaluate(
     def read(sample: Sample):
         image, *truth = load(sample, layout)
         small = [resize_truth(part, size) for part in truth]
-        return resize_image(image, size), truth[0] if full else small[0], contours(*small)
+        seen = resize_image(image, size), small[0], contours(*small)
+        its = (sample.name, *digests(*seen)[: 1 + trained.network.contour])
+        return seen[0], truth[0] if full else small[0], seen[2], its
 
-    counted, compared = [], []
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        for start in progress(range(0, len(samples), minibatch)):
-            images, labels, borders = zip(*pool.map(read, samples[start : start + minibatch]), strict=True)
-            scores, contour = logits(trained, torch.from_numpy(np.stack(images)).to(device))
-            labels = [torch.tensor(label, device=device) for label in labels]
-            for score, label in zip(scores, labels, strict=True):
-                predicted = prediction(score, tuple(label.shape))
-                counted.append(metrics.count(predicted[None], label[None], len(layout.classes)))
-            if contour is not None and not full:
-                truth = torch.from_numpy(np.stack(borders)).to(device)
-                compared.append(metrics.count_contours(contour, truth, torch.stack(labels), band))
+    counted, compared, seen = [], [], []
+    for start in progress(range(0, len(samples), minibatch)):
+        images, labels, borders, its = zip(*each(read, samples[start : start + minibatch]), strict=True)
+        seen += its
+        scores, contour = logits(trained, torch.from_numpy(np.stack(images)).to(device))
+        labels = [torch.tensor(label, device=device) for label in labels]
+        for score, label in zip(scores, labels, strict=True):
+            predicted = prediction(score, tuple(label.shape))
+            counted.append(metrics.count(predicted[None], label[None], len(layout.classes)))
+        if contour is not None and not full:
+            truth = torch.from_numpy(np.stack(borders)).to(device)
+            compared.append(metrics.count_contours(contour, truth, torch.stack(labels), band))
     wrong, valid = (torch.cat([count[i] for count in counted]).cpu() for i in (0, 1))
     confusions = torch.stack([count[2] for count in counted]).cpu()
     if not valid.any():
@@ -78,7 +80,11 @@ def evaluate(
     figures = metrics.summarise(wrong, valid, confusions.sum(0))
     if compared:
         figures |= metrics.summarise_contours(*map(torch.cat, zip(*compared, strict=True)))
-    return {"images": len(samples), **_with_intervals(figures, wrong, valid, confusions, layout.classes.names)}
+    return {
+        "images": len(samples),
+        "digest": digest(seen),
+        **_with_intervals(figures, wrong, valid, confusions, layout.classes.names),
+    }
 
 
 def _with_intervals(figures: dict, wrong: Tensor, valid: Tensor, confusions: Tensor, names: tuple[str, ...]) -> dict:

@@ -5,23 +5,19 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from agcseg.data.cache import resize_image
 from agcseg.data.labels import CITYSCAPES, IGNORE
-from agcseg.data.layout import decode
+from agcseg.data.pictures import each, is_picture, left_out, list_files, open_picture, read_image
 from agcseg.errors import UserError
 from agcseg.record.files import write
 from agcseg.trained import Trained, logits, prediction, resized
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 # What the Cityscapes benchmark takes: label ids, not class numbers.
 BENCHMARK_NAME = re.compile(r"[A-Za-z-]+_\d{6}_\d{6}(?=_leftImg8bit\.png$)")
@@ -30,8 +26,11 @@ _numbered = {number: label_id for label_id, number in CITYSCAPES.from_file.items
 LABEL_IDS = np.array([_numbered[number] for number in range(len(CITYSCAPES))], dtype=np.uint8)
 
 
-def find_images(wanted: str, output: Path) -> dict[str, Path]:
+def find_images(wanted: str, output: Path, say: Callable[[str], None] = print) -> dict[str, Path]:
     """The pictures that a file, a folder (searched through and through) or a pattern such as "film/*.png" names.
+
+    Args:
+        say: told of the files of a folder that are no pictures.
 
     Returns:
         paths by the names that their predictions get: relative to the folder, or to the part of the pattern without
@@ -44,8 +43,12 @@ def find_images(wanted: str, output: Path) -> dict[str, Path]:
     if base.is_file():
         return {base.stem: base}
     if base.is_dir():
-        paths = [path for path in sorted(base.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-        kinds = f" ({', '.join(sorted(SUFFIXES))})"
+        files = list_files(base)
+        paths = [path for path in files if is_picture(path)]
+        others = [path for path in files if not is_picture(path) and output not in path.resolve().parents]
+        kinds = f", only {len(others)} other files" if others else ""
+        if others and paths:
+            say(f"{base}: {left_out(others)}")
     elif not glob.has_magic(str(base)):
         raise UserError(f"input={wanted}: no such file or folder")
     else:
@@ -87,24 +90,20 @@ def predict(
 
     def read(path: Path):
         try:
-            picture = decode(path)
-            if picture.mode[0] in "IF":
-                raise UserError(f"{path}: mode {picture.mode}, expected 8 bits a channel")
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            picture = read_image(path)
         except UserError as error:
             return error
         return path, picture, resize_image(picture, size)
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        for start in range(0, len(paths), minibatch):
-            good = []
-            for part in pool.map(read, paths[start : start + minibatch]):
-                skip(part) if isinstance(part, UserError) else good.append(part)
-            if good:
-                small = np.stack([part[2] for part in good])
-                classes, contours = logits(trained, torch.from_numpy(small).to(device))
-                for i, (path, picture, _) in enumerate(good):
-                    yield path, picture, classes[i], None if contours is None else contours[i, 0]
+    for start in range(0, len(paths), minibatch):
+        good = []
+        for part in each(read, paths[start : start + minibatch]):
+            skip(part) if isinstance(part, UserError) else good.append(part)
+        if good:
+            small = np.stack([part[2] for part in good])
+            classes, contours = logits(trained, torch.from_numpy(small).to(device))
+            for i, (path, picture, _) in enumerate(good):
+                yield path, picture, classes[i], None if contours is None else contours[i, 0]
 
 
 def write_prediction(
@@ -162,7 +161,7 @@ def check_submission(folder: Path, written: list[Path]) -> list[str]:
     problems = [f"{path}: two pictures have this name" for path, times in Counter(written).items() if times > 1]
     problems += [f"{path}: is not of this submission" for path in sorted({*folder.rglob("*.png")} - {*written})]
     for path in written:
-        image = decode(path)
+        image = open_picture(path)
         if image.mode != "L" or image.size[::-1] != BENCHMARK_SIZE or not np.isin(image, LABEL_IDS).all():
             problems.append(f"{path}: is no 8-bit map of the 19 label ids at 1024x2048")
     return problems

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from agcseg.config import Config
 from agcseg.data import LAYOUTS
-from agcseg.data.labels import Classes
+from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError
 from agcseg.networks import build
@@ -44,7 +44,7 @@ def load(path: str | Path) -> Trained:
 
     Raises:
         UserError: there is no checkpoint, it cannot be read, or this version of agcseg cannot do what it was trained
-            for: other classes, another normalisation of images, another network.
+            for: another normalisation of images, another network.
     """
     path = _checkpoint(Path(path).expanduser())
     saved = load_checkpoint(path)
@@ -55,14 +55,7 @@ def load(path: str | Path) -> Trained:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved["config"]))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: was written by another version of agcseg ({str(error).splitlines()[0]})") from None
-    if config.data.name not in LAYOUTS:
-        raise UserError(f"{path}: was trained on {config.data.name}, which this version of agcseg does not know")
-    classes = LAYOUTS[config.data.name].classes
-    if list(saved["classes"]) != list(classes.names):
-        raise UserError(
-            f"{path}: was trained on the classes {', '.join(saved['classes'])}; those of {config.data.name} are now "
-            f"{', '.join(classes.names)}"
-        )
+    classes = _classes(saved["classes"], config.data.name)
     if saved["normalisation"] != {"mean": list(MEAN), "std": list(STD)}:
         raise UserError(
             f"{path}: its images were normalised by {saved['normalisation']}, those of this version by mean "
@@ -85,6 +78,17 @@ def load(path: str | Path) -> Trained:
         fault = " ".join(str(error).splitlines()[1].split()) if "\n" in str(error) else str(error)
         raise UserError(f"{path}: its weights do not fit its configuration's {config.network.name}: {fault}") from None
     return Trained(network.eval(), classes, config, saved["epoch"], path)
+
+
+def _classes(saved: dict | list, data: str) -> Classes:
+    """Of a checkpoint. Older ones hold the names alone, and are of a data set whose table is known."""
+    if isinstance(saved, dict):
+        return Classes.from_dict(saved)
+    known = LAYOUTS[data].classes if data in LAYOUTS else None
+    if known and list(known.names) == saved:
+        return known
+    numbers = {i: i for i in range(len(saved))} | {IGNORE: IGNORE}
+    return Classes(tuple(saved), tuple(map(some_color, range(len(saved)))), numbers)
 
 
 def start_from(network: nn.Module, path: str | Path, norm: str | None = None) -> str:

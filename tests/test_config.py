@@ -83,13 +83,13 @@ def test_every_value_that_an_experiment_sweeps_is_good(experiment):
 
 
 def test_every_name_has_its_yaml():
-    from agcseg.data import LAYOUTS
+    from agcseg.data import NAMES
     from agcseg.networks import NETWORKS
     from agcseg.nn import NORMS
 
     assert options("network") == sorted(NETWORKS)
     assert options("norm") == sorted(NORMS)
-    assert options("data") == sorted(LAYOUTS)
+    assert options("data") == sorted(NAMES)
 
 
 @pytest.mark.parametrize("norm", options("norm"))

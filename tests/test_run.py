@@ -93,7 +93,9 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     assert [step for step, _ in scalars(folder / "samples", "curves_by_samples/pixel_error")] == [8, 16, 24]
     assert len(scalars(folder, "lambda_mean/encoder.0.0")) == 3 and len(scalars(folder, "lambda_q95/decoder.0.1")) == 3
     saved = torch.load(folder / "last.pt", weights_only=True)
-    assert saved["classes"][0] == "road" and saved["normalisation"]["mean"] and saved["config"]["minibatch"] == 2
+    assert (
+        saved["classes"]["names"][0] == "road" and saved["normalisation"]["mean"] and saved["config"]["minibatch"] == 2
+    )
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["samples"]  # no extra TensorBoard run
 
 

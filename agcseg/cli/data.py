@@ -13,10 +13,14 @@ from tqdm import tqdm
 from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
 from agcseg.config import Config, DataConfig
 from agcseg.config import check as check_config
-from agcseg.data import LAYOUTS, open_data, streets_root
-from agcseg.data.layout import SPLITS, check
+from agcseg.data import find_data, open_data
+from agcseg.data.folder import classes_file, draft, folder_layout
+from agcseg.data.labels import CITYSCAPES
+from agcseg.data.layout import SPLITS, Layout, check, scan
+from agcseg.data.pictures import left_out
 from agcseg.data.streets import make_streets
-from agcseg.errors import UserError
+from agcseg.errors import UserError, by_cause
+from agcseg.record.files import write
 
 log = logging.getLogger("agcseg")
 
@@ -25,42 +29,37 @@ log = logging.getLogger("agcseg")
 class DataProgram:
     data: DataConfig = field(default_factory=DataConfig)
     build: bool = True
+    rebuild: bool = False
+    every: bool = False
+    draft: bool = False
 
 
 ConfigStore.instance().store(name="data_schema", node=DataProgram)
 
 
-def inspect(data: DataConfig, build: bool) -> int:
+def inspect(program: DataProgram) -> int:
     """Check every file, say what was found, build the cache if all is well.
 
     Returns:
         the number of problems.
     """
-    layout, streets = LAYOUTS[data.name], data.streets
-    if data.root is None:
-        root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed, log.info)
-    else:
-        root = Path(data.root).expanduser()
-        if data.name == "streets" and not root.exists():
-            log.info(f"making {streets.train} + {streets.val} street scenes in {root}")
-            make_streets(root, streets.train, streets.val, tuple(streets.size), streets.seed)
+    data, streets = program.data, program.data.streets
+    root = Path(data.root).expanduser() if data.root else None
+    if root and data.name == "streets" and not (root.is_dir() and any(root.iterdir())):
+        log.info(f"making {streets.train} + {streets.val} street scenes in {root}")
+        make_streets(root, streets.train, streets.val, tuple(streets.size), streets.seed)
+    layout, root = find_data(data, log.info)
     tree = layout.tree.format(root=root).replace("\n", "\n  ")
     log.info(f"{layout.title} in {root.absolute()}. Expected tree:\n  {tree}")
     problems = []
-    for split in SPLITS:
-        samples, missing = layout.scan(root, split)
-        broken = check(samples, layout, partial(_progress, total=len(samples), what=split))
-        expected = layout.expected and layout.expected[split]
-        if expected and len(samples) != expected:
-            missing = [*missing, f"{split}: {len(samples)} complete samples, expected {expected}"]
-        note = f" of {expected} expected" if expected else ""
-        log.info(f"{split}: {len(samples)} samples{note}, {len(missing)} missing, {len(broken)} broken")
-        problems += missing + broken
+    for split in ("train",) if data.val_share else SPLITS:
+        problems += _inspected(data, layout, root, split)
     if problems:
-        log.info("\n".join(problems))
-        log.info(f"{len(problems)} problems. Source of the files: {layout.source}.")
-    elif build:
-        _, cached = open_data(data.name, root, tuple(data.size), data.cache_dir, _progress, log.info)
+        log.info("\n".join(map(str, problems) if program.every else by_cause(problems)))
+        more = "" if program.every else " every=true lists every file."
+        log.info(f"{len(problems)} problems. Source of the files: {layout.source}.{more}")
+    elif program.build or program.rebuild:
+        _, cached = open_data(data, _progress, log.info, rebuild=program.rebuild)
         for split in SPLITS:
             log.info(f"{split} cache: {cached[split].folder}")
     if not problems:
@@ -68,7 +67,56 @@ def inspect(data: DataConfig, build: bool) -> int:
     return len(problems)
 
 
-def _progress(items, total: int, what: str = "decoding"):
+def _inspected(data: DataConfig, layout: Layout, root: Path, split: str) -> list[UserError]:
+    """Say what there is of a split; what is wrong with it."""
+    samples, missing, no_instance, unused = scan(layout, root, split)
+    broken, pixels = check(samples, layout, partial(_progress, total=len(samples), what=split))
+    expected = layout.expected and layout.expected[split]
+    wanted = {"train": data.train_images, "val": data.val_images}[split]
+    note = f" of {expected} expected" if expected else ""
+    if no_instance and len(no_instance) < len(samples):
+        missing = [*missing, *no_instance]
+    elif no_instance:
+        note += ", none with instances, which networks that find contours need"
+    log.info(f"{split}: {len(samples)} samples{note}, {len(missing)} missing, {len(broken)} broken")
+    if unused:
+        log.info(f"{split}: {left_out(unused)}")
+    absent = [name for name, count in zip(layout.classes.names, pixels, strict=True) if not count]
+    if samples and not broken and absent:
+        log.info(f"{split}: no pixel of {', '.join(absent)}")
+    enough = wanted is None or wanted <= len(samples)
+    if expected and len(samples) != expected and enough and samples:
+        log.info(f"{split}: a part of {layout.title}; that is enough for data.{split}_images={_or_null(wanted)}")
+    if not enough and data.val_share is None:
+        advice = f"give data.{split}_images=null for all there are" if samples else "see above"
+        fault = f"{split}: {len(samples)} complete samples, data.{split}_images={wanted} asks for more; {advice}"
+        return [UserError(fault), *missing, *broken]
+    return [*missing, *broken]
+
+
+def _or_null(value) -> str:
+    return "null" if value is None else str(value)
+
+
+def write_draft(data: DataConfig) -> None:
+    """Write the file of classes of `data=folder`, drafted from its labels.
+
+    Raises:
+        UserError: it is there already, or the labels cannot be used.
+    """
+    if data.name != "folder" or not data.root:
+        raise UserError("draft=true: drafts the classes of data=folder data.root=FOLDER; others are known")
+    root = Path(data.root).expanduser()
+    path = classes_file(root, data.folder.classes)
+    if path.exists():
+        raise UserError(f"{path}: is there already; remove it, or draft to another file with data.folder.classes=FILE")
+    layout = folder_layout(root, data.folder, CITYSCAPES)  # whose classes are not looked at
+    splits = ("train",) if data.val_share else SPLITS
+    write(path, draft(layout, root, splits, lambda items: _progress(items, None, "labels")))
+    log.info(f"wrote {path}: name the classes, then agcseg-data data=folder data.root={root}")
+
+
+def _progress(items, total: int | None, what: str = "decoding"):
     return tqdm(items, what, total, unit="image", disable=not sys.stderr.isatty())
 
 
@@ -77,7 +125,7 @@ def _job(cfg) -> None:
     try:
         program = to_object(cfg)
         check_config(Config(data=program.data, minibatch=1))
-        problems = inspect(program.data, program.build)
+        problems = write_draft(program.data) if program.draft else inspect(program)
     except (UserError, OSError) as error:
         fail("agcseg-data", error)
     if problems:

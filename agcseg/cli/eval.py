@@ -1,5 +1,6 @@
 """The program agcseg-eval."""
 
+import csv
 import io
 import os
 import sys
@@ -11,8 +12,8 @@ from tqdm import tqdm
 import agcseg
 from agcseg.cli import fail, parse_run, stopped
 from agcseg.config import DataConfig
-from agcseg.data import LAYOUTS, streets_root
-from agcseg.data.layout import Sample, list_samples
+from agcseg.data import NAMES, find_data, find_samples
+from agcseg.data.layout import Layout, Sample
 from agcseg.data.minibatches import choose
 from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate
@@ -20,9 +21,11 @@ from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
 from agcseg.training.machine import find_device, out_of_memory
 
+FOLDER = ("images", "labels", "instances", "classes")  # of data=folder
 KEYS = {
     "data": str,
     "data.root": str,
+    **{f"data.folder.{key}": str for key in FOLDER},
     "split": "val",
     "images": int,
     "resolution": "training",
@@ -39,9 +42,13 @@ examples:
   agcseg-eval outputs/cityscapes/RUN/last.pt split=train images=500
 
 keys:
-  data=NAME            cityscapes, camvid or streets; what the run was trained on, if not given. Its classes must be
-                       the run's
+  data=NAME            cityscapes, camvid, streets or folder; what the run was trained on, if not given. Its classes
+                       must be the run's
   data.root=FOLDER     where it lies, if elsewhere than for the run
+  data.folder.images=PATTERN      of data=folder, if otherwise than for the run: see docs/your-data.md
+  data.folder.labels=PATTERN
+  data.folder.instances=PATTERN
+  data.folder.classes=FILE        numbers or colours of the labels; those that the run knows, if not given
   split=val            or train, or whatever the data set has labels for (CamVid: test)
   images=N             a fixed, seeded choice of N images; if not given, those of the run on its own data, all of other
                        data
@@ -70,15 +77,16 @@ def main(argv: list[str] | None = None) -> int:
         run, keys = parse_run("agcseg-eval", KEYS, "Pixel error and IoU of a trained network.", EPILOG, argv)
         if keys["resolution"] not in ("training", "full"):
             raise UserError(f"resolution={keys['resolution']}: choose from training, full")
-        if keys["data"] not in (None, *LAYOUTS):
-            raise UserError(f"data={keys['data']}: choose from {', '.join(LAYOUTS)}")
-        if not keys["split"].isalnum():
+        if keys["data"] not in (None, *NAMES):
+            raise UserError(f"data={keys['data']}: choose from {', '.join(NAMES)}")
+        if Path(keys["split"]).name != keys["split"] or keys["split"] == "..":
             raise UserError(f"split={keys['split']}: must be the name of a folder, such as train, val or test")
         device = find_device(keys["device"])
         trained = agcseg.load(run)
         trained.network.to(device)
-        data, root, known_as = _data(trained, keys)
-        layout, samples = LAYOUTS[data.name], _samples(data, root, keys)
+        data, layout, root, known_as = _data(trained, keys)
+        samples = _samples(trained, data, layout, root, keys)
+        note = _others(trained, samples, keys)
         base = Path(keys["output"] or trained.path.parent).expanduser()
         base.mkdir(parents=True, exist_ok=True)  # first: nobody should wait for figures that cannot be written
         if not os.access(base, os.W_OK):
@@ -107,38 +115,64 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         stopped("agcseg-eval")
     print(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
+    if note:
+        print(note)
     print(_table(figures))
     print(f"wrote {base}.json\nwrote {base}.png")
     return 0
 
 
-def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Path, str]:
-    """Data set, its folder, and what files call it."""
+def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
+    """Configuration of the data, layout, folder, and what files call it."""
     own = data = trained.config.data
     if keys["data"] not in (None, own.name):
         data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=own.cache_dir)
-    root = keys["data.root"] or data.root
-    if root is None and data.name == "streets":
-        streets = data.streets
-        root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed)
-    if root is None:
-        raise UserError(f"data={data.name}: give its folder with data.root=")
-    root = Path(root).expanduser().resolve()
-    its = Path(own.root).expanduser().resolve() if data is own and own.root else None
-    elsewhere = data is own and (its is None or its.exists())  # else it may have moved, or there is nothing to mix up
+    its = _found(own.root, trained.path) if data is own and own.root else None
+    where = {key: keys[f"data.folder.{key}"] or getattr(data.folder, key) for key in FOLDER}
+    root = str(Path(keys["data.root"]).expanduser().resolve()) if keys["data.root"] else its and str(its)
+    data = replace(
+        data, root=root, folder=replace(data.folder, **where), cache_dir=str(_found(data.cache_dir, trained.path))
+    )
+    known = trained.classes if own.name == data.name == "folder" and not keys["data.folder.classes"] else None
+    layout, root = find_data(data, lambda line: None, known)
+    root = root.resolve()
+    elsewhere = keys["data"] in (None, own.name) and (its is None or its.exists())  # else it may have moved
     if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
-        return data, root, data.name
-    return data, root, f"{data.name}-{root.name}"
+        return data, layout, root, data.name
+    return data, layout, root, f"{data.name}-{root.name}"
 
 
-def _samples(data: DataConfig, root: Path, keys: dict) -> list[Sample]:
+def _found(path: str, run: Path) -> Path:
+    """A path of a run's configuration: relative ones are so to where it was started, a folder above its own."""
+    path = Path(path).expanduser()
+    return next((base / path for base in run.resolve().parents if (base / path).exists()), path).resolve()
+
+
+def _samples(trained: Trained, data: DataConfig, layout: Layout, root: Path, keys: dict) -> list[Sample]:
     """The images to be evaluated: of the run's own data set those that the run used."""
-    split = keys["split"]
-    samples = list_samples(LAYOUTS[data.name], root, split)
+    split, contours = keys["split"], trained.network.contour and keys["resolution"] == "training"
+    samples = find_samples(data, layout, root, split, contours, lambda line: print(line, file=sys.stderr))
     wanted = keys["images"] or {"train": data.train_images, "val": data.val_images}.get(split)
     if keys["images"] and keys["images"] > len(samples):
         raise UserError(f"images={keys['images']}: there are {len(samples)} {split} images")
     return [samples[i] for i in choose(len(samples), wanted, data.choice_seed)]
+
+
+def _others(trained: Trained, samples: list[Sample], keys: dict) -> str:
+    """What to say where the images are not those of the run's validation, though nobody asked for others."""
+    table = trained.path.with_name("images.csv")
+    asked = keys["data"] or keys["data.root"] or keys["images"] or keys["split"] != "val"
+    if asked or not table.is_file():
+        return ""
+    with open(table, newline="") as file:
+        names = {row["image"] for row in csv.DictReader(file)}
+    here = {sample.name for sample in samples}
+    if names == here:
+        return ""
+    return (
+        f"note: these are not the images of the run's figures: {len(names - here)} of its {len(names)} are not among "
+        f"these {len(here)}; files have come or gone since"
+    )
 
 
 def _table(figures: dict) -> str:

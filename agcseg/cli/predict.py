@@ -8,7 +8,7 @@ from tqdm import tqdm
 import agcseg
 from agcseg.cli import fail, parse_run, stopped
 from agcseg.data.labels import CITYSCAPES
-from agcseg.errors import UserError
+from agcseg.errors import UserError, by_cause
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
 from agcseg.training.machine import find_device, out_of_memory
 
@@ -53,7 +53,7 @@ exit code: 0 all is well, 1 some pictures could not be used (the others are done
 
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-predict; returns the exit code."""
-    bad: list[str] = []
+    bad: list[UserError] = []
     try:
         run, keys = parse_run("agcseg-predict", KEYS, "Predict the classes of pictures.", EPILOG, argv)
         for key in ("input", "output"):
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         images = find_images(keys["input"], output)
         device = find_device(keys["device"])
         trained = agcseg.load(run)
-        if keys["submission"] and trained.classes != CITYSCAPES:
+        if keys["submission"] and trained.classes.names != CITYSCAPES.names:
             raise UserError(f"submission=true: {trained.path} was trained on {trained.config.data.name}'s classes")
         trained.network.to(device)
         names, written = {path: name for name, path in images.items()}, []
         with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
 
             def skip(error: UserError) -> None:
-                bad.append(str(error))
+                bad.append(error)
                 bar.update()
 
             for path, picture, classes, contour in predict(trained, images.values(), keys["minibatch"], skip):
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
                     skip(error)
         done = len(images) - len(bad)
         if keys["submission"]:
-            bad += check_submission(output, written)
+            bad += map(UserError, check_submission(output, written))
     except (UserError, OSError) as error:
         fail("agcseg-predict", error)
     except (RuntimeError, MemoryError) as error:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         fail("agcseg-predict", UserError("out of memory; try a smaller minibatch="))
     except KeyboardInterrupt:
         stopped("agcseg-predict")
-    for line in bad:
+    for line in by_cause(bad):
         print(f"agcseg-predict: {line}", file=sys.stderr)
     print(f"{done} of {len(images)} pictures predicted, in {output}")
     if keys["submission"] and not bad:

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,10 @@ from PIL import Image
 
 from agcseg.data.labels import IGNORE
 from agcseg.data.layout import Layout, Sample, load
-from agcseg.errors import UserError
+from agcseg.data.pictures import each
+from agcseg.errors import FileError, UserError, by_cause
 
-VERSION = 3  # of what is written; a new number leaves old caches unused
+VERSION = 4  # of what is written; a new number leaves old caches unused
 PATIENCE = 300.0  # seconds without a sign of life from the process that holds a lock
 PARTS = ("images", "labels", "contours")
 
@@ -193,11 +193,12 @@ def _key(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
         try:
             stat = path.stat()
         except FileNotFoundError:
-            raise UserError(f"{path}: missing" + (", a link to nothing" if path.is_symlink() else "")) from None
+            raise FileError(path, "missing, a link to nothing" if path.is_symlink() else "missing") from None
         return str(path.parent.resolve() / path.name), stat.st_size, stat.st_mtime_ns
 
     files = [described(path) for s in samples for path in (s.image, s.label, s.instance) if path]
-    key = [VERSION, layout.name, sorted(layout.classes.from_file.items()), size, files]
+    meaning = [sorted(table.items()) for table in (layout.classes.from_file, layout.classes.from_color)]
+    key = [VERSION, layout.name, meaning, size, files]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
@@ -219,11 +220,11 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
         borders = _new(temporary / "contours.npy", (len(samples), height, width))
         found: list = [None] * len(samples)
 
-        def convert(i: int) -> str | None:
+        def convert(i: int) -> UserError | None:
             try:
                 image, *truth = load(samples[i], layout)
             except UserError as error:
-                return str(error)
+                return error
             images[i] = resize_image(image, size)
             labels[i], instances = (resize_truth(part, size) for part in truth)
             borders[i] = contours(labels[i], instances)
@@ -231,10 +232,10 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             os.utime(temporary)  # a sign of life, see `locked`
             return None
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            problems = [line for line in progress(pool.map(convert, range(len(samples))), len(samples)) if line]
+        problems = [error for error in progress(each(convert, range(len(samples))), len(samples)) if error]
         if problems:
-            raise UserError(f"{len(problems)} of {len(samples)} samples cannot be used:\n  " + "\n  ".join(problems))
+            lines = [f"{len(problems)} of {len(samples)} samples cannot be used:", *by_cause(problems)]
+            raise UserError("\n  ".join(lines))
         for written in (images, labels, borders):
             written.flush()
         index = {"names": [sample.name for sample in samples], "digests": found}

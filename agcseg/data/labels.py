@@ -1,11 +1,14 @@
-"""Class tables: which number in a label file means which class, and how it is painted."""
+"""Class tables: which number or colour in a label file means which class, and how it is painted."""
 
-from dataclasses import dataclass
+import colorsys
+import functools
+from dataclasses import dataclass, field
 
 import numpy as np
 
 IGNORE = 255  # class number of pixels that count nowhere: not in the loss, not in the metrics
 UNKNOWN = 254  # what `lookup` gives for a number that no label file may contain
+Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -16,27 +19,87 @@ class Classes:
         names: class names; the index is the class number that networks are trained on.
         colors: one (red, green, blue) per class, 0 to 255.
         from_file: label-file number -> class number, or `IGNORE`. A number that is not a key is an error in the file.
+        from_color: the same for label files that are colour pictures; empty if they never are.
     """
 
     names: tuple[str, ...]
-    colors: tuple[tuple[int, int, int], ...]
+    colors: tuple[Color, ...]
     from_file: dict[int, int]
+    from_color: dict[Color, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def lookup(self) -> np.ndarray:
-        """Table of 256 uint8: `lookup()[label_file_array]` gives class numbers, `IGNORE` or `UNKNOWN`."""
-        table = np.full(256, UNKNOWN, dtype=np.uint8)
+    def lookup(self, size: int = 256) -> np.ndarray:
+        """Table of `size` uint8: `lookup()[label_file_array]` gives class numbers, `IGNORE` or `UNKNOWN`."""
+        table = np.full(size, UNKNOWN, dtype=np.uint8)
         for number, train_id in self.from_file.items():
-            table[number] = train_id
+            if number < size:
+                table[number] = train_id
         return table
+
+    @functools.cached_property
+    def _of_colors(self) -> np.ndarray:
+        table = np.full(2**24, UNKNOWN, dtype=np.uint8)
+        for color, train_id in self.from_color.items():
+            table[packed(np.array(color))] = train_id
+        return table
+
+    def translate(self, stored: np.ndarray) -> np.ndarray:
+        """Class numbers, `IGNORE` or `UNKNOWN`, (H, W) uint8.
+
+        Args:
+            stored: numbers, (H, W), or colours, (H, W, 3) uint8, of a label file.
+        """
+        if stored.ndim == 3:
+            return self._of_colors[packed(stored)]
+        if stored.dtype == np.uint8:
+            return self.lookup()[stored]
+        table = self.lookup(2 + max(self.from_file, default=0))  # its last entry is unknown
+        inside = (stored >= 0) & (stored < len(table))
+        return table[np.where(inside, stored, len(table) - 1)]
 
     def palette(self) -> np.ndarray:
         """Table of 256 colours, (256, 3) uint8; everything that is not a class is black."""
         table = np.zeros((256, 3), dtype=np.uint8)
         table[: len(self)] = self.colors
         return table
+
+    def to_dict(self) -> dict:
+        """Lists of plain values, for a checkpoint."""
+        return {
+            "names": list(self.names),
+            "colors": [list(color) for color in self.colors],
+            "from_file": [list(item) for item in self.from_file.items()],
+            "from_color": [[*color, number] for color, number in self.from_color.items()],
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> "Classes":
+        """What `to_dict` gave."""
+        return cls(
+            tuple(stored["names"]),
+            tuple(tuple(color) for color in stored["colors"]),
+            dict(map(tuple, stored["from_file"])),
+            {tuple(color): number for *color, number in stored["from_color"]},
+        )
+
+
+def packed(colors: np.ndarray) -> np.ndarray:
+    """One whole number for each colour, (..., 3) to (...)."""
+    red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+def unpacked(number: int) -> Color:
+    """The colour of which `packed` made this number."""
+    return number >> 16, number >> 8 & 255, number & 255
+
+
+def some_color(number: int) -> Color:
+    """A colour for a class that has none: hues a golden angle apart, in three brightnesses."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, (0.95, 0.7, 0.5)[number % 3])
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 # The Cityscapes label ids (Cordts et al. 2016) and the 19 of them that are evaluated, with the benchmark's colours.
@@ -80,3 +143,5 @@ CAMVID = Classes(
     ),
     from_file={**{i: i for i in range(11)}, 11: IGNORE},
 )  # fmt: skip
+
+TABLES = {"cityscapes": CITYSCAPES, "camvid": CAMVID}

@@ -1,16 +1,16 @@
-"""What a reader of one data set's layout offers, and the check of its files."""
+"""Where the files of a data set lie, as patterns; listing, reading and checking them."""
 
+import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from agcseg.data.labels import UNKNOWN, Classes
-from agcseg.errors import UserError
+from agcseg.data.labels import IGNORE, UNKNOWN, Classes, packed, unpacked
+from agcseg.data.pictures import each, is_picture, left_out, list_files, read_image, read_numbers
+from agcseg.errors import FileError, UserError, by_cause
 
 SPLITS = ("train", "val")
 
@@ -25,46 +25,190 @@ class Sample(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A data set's layout.
+    """A data set: what its classes are, and where its files lie.
+
+    Patterns are paths below the root. In them {split} stands for the split, {name} and * for any part of a file's or
+    folder's name, and **/ for any folders or none. An image and its label agree in all these parts; or in {name} alone,
+    where their patterns have others. A pattern without a suffix takes every kind of picture, one with a suffix takes it
+    in upper and lower case.
 
     Attributes:
         name: what `data=` calls it.
         title: what people call it.
         classes: its class table.
-        scan: (root, split) -> sorted samples, and one line for each file or folder that is missing.
+        images, labels, instances: patterns; None for no instances.
         tree: the expected tree as text, with {root} for the root.
         source: where the files come from.
-        expected: number of images per split, or None if any number will do.
+        expected: number of images per split of the whole data set, or None if any number will do.
         image_size: (height, width) of every image, or None if they may vary.
+        instance_divisor: d, if an instance's number from d on, divided by d, is its label's number (and below d is that
+            number itself); None if nothing is known.
+        archives: that the images, and the labels, come with, or empty.
+        splits: what a split is called in the patterns, where it has another name there.
     """
 
     name: str
     title: str
     classes: Classes
-    scan: Callable[[Path, str], tuple[list[Sample], list[str]]]
+    images: str
+    labels: str
     tree: str
     source: str
-    expected: dict[str, int] | None
-    image_size: tuple[int, int] | None
+    instances: str | None = None
+    expected: dict[str, int] | None = None
+    image_size: tuple[int, int] | None = None
+    instance_divisor: int | None = None
+    archives: tuple[str, ...] = ()
+    splits: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
-def list_samples(layout: Layout, root: Path, split: str) -> list[Sample]:
-    """The samples of one split, for training.
+class Listing(NamedTuple):
+    """The samples of a split, by name, with their instances where they have any; and everything that is missing.
+
+    Attributes:
+        problems: one for each folder or file that is missing or stands twice.
+        no_instance: the same for instances.
+        unused: files among the images that are none.
+    """
+
+    samples: list[Sample]
+    problems: list[UserError]
+    no_instance: list[UserError]
+    unused: list[Path]
+
+
+OPEN = re.compile(r"(\{name\}|\*\*/|\*)")  # what a pattern leaves open
+
+
+def scan(layout: Layout, root: Path, split: str) -> Listing:
+    """List one split.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    named = layout.splits.get(split, split)
+    patterns = {"images": layout.images, "labels": layout.labels, "instances": layout.instances}
+    patterns = {what: pattern.replace("{split}", named) for what, pattern in patterns.items() if pattern}
+    whole = len({tuple(OPEN.findall(pattern)) for pattern in patterns.values()}) == 1
+    comes = {what: f" (it comes with {archive})" for what, archive in zip(patterns, layout.archives, strict=False)}
+    problems: list[UserError] = []
+    found, unused = {}, []
+    for what, pattern in patterns.items():
+        folder = root / _fixed(pattern)
+        if folder.is_dir():
+            found[what], twice, others = _find(root, pattern, whole)
+            problems += twice
+            unused += others if what == "images" else []
+        elif what != "instances":
+            problems.append(UserError(f"{folder}: no such folder{comes.get(what, '')}{_elsewhere(root, pattern)}"))
+    if not {"images", "labels"} <= found.keys():
+        return Listing([], problems, [], unused)
+    if not found["images"]:
+        fault = f"holds no {_shown(patterns['images'])}{comes.get('images', '')}"
+        problems.append(UserError(f"{root / _fixed(patterns['images'])}: {fault}"))
+
+    def missing(what: str, key: tuple[str, ...]) -> FileError:
+        path, suffix = _path(root, patterns[what], key), PurePosixPath(patterns[what]).suffix
+        kinds = comes.get(what, "") if suffix else " (or another kind of picture)"
+        return FileError(path if suffix else Path(f"{path}.png"), f"missing{kinds}")
+
+    images, labels, instances = (found.get(what, {}) for what in ("images", "labels", "instances"))
+    no_instance = [missing("instances", key) for key in images if "instances" in found and key not in instances]
+    problems += [missing("labels", key) for key in images if key not in labels]
+    problems += [missing("images", key) for key in labels if key not in images]
+    samples = [
+        Sample("/".join(part.strip("/") for part in key if part), image, labels[key], instances.get(key))
+        for key, image in images.items()
+        if key in labels
+    ]
+    return Listing(sorted(samples, key=lambda sample: sample.name), problems, no_instance, unused)
+
+
+def _find(root: Path, pattern: str, whole: bool) -> tuple[dict[tuple[str, ...], Path], list[UserError], list[Path]]:
+    """Files by the parts of their names that the pattern leaves open, {name} last, or by {name} alone; those that stand
+    twice; and the others."""
+    suffix = PurePosixPath(pattern).suffix
+    expression = _expression(pattern.removesuffix(suffix))
+    found: dict[tuple[str, ...], Path] = {}
+    twice, others = [], []
+    for path in list_files(root / _fixed(pattern)):
+        fits = path.suffix.lower() == suffix.lower() if suffix else is_picture(path)
+        match = expression.fullmatch(path.relative_to(root).with_suffix("").as_posix()) if fits else None
+        if not match:
+            others.append(path)
+            continue
+        parts = list(match.groups())
+        name = parts.pop(expression.groupindex["name"] - 1)
+        key = (*parts, name) if whole else (name,)
+        if found.setdefault(key, path) != path:
+            twice.append(
+                FileError(path, "has the name of another file", str(found[key]), "rename or remove one of them")
+            )
+    return found, twice, others
+
+
+def _expression(stem: str) -> re.Pattern:
+    """For a path below the root without its suffix: the group "name", and one for each other open part."""
+    text = ""
+    for part in OPEN.split(stem):
+        if part == "{name}":
+            text += "(?P=name)" if "(?P<name>" in text else "(?P<name>[^/]+)"
+        else:
+            text += {"**/": "((?:[^/]+/)*)", "*": "([^/]*)"}.get(part, re.escape(part))
+    return re.compile(text)
+
+
+def _fixed(pattern: str) -> str:
+    """The folders of a pattern before anything is left open."""
+    return OPEN.split(pattern)[0].rpartition("/")[0]
+
+
+def _path(root: Path, pattern: str, key: tuple[str, ...]) -> Path:
+    """Where the file with this key would be; parts that are not known stay open."""
+    *parts, name = key
+    return root / OPEN.sub(lambda open_: name if open_[1] == "{name}" else parts.pop(0) if parts else open_[1], pattern)
+
+
+def _shown(pattern: str) -> str:
+    shown = pattern[len(_fixed(pattern)) :].lstrip("/").replace("{name}", "*")
+    return shown if PurePosixPath(pattern).suffix else f"picture {shown}"
+
+
+def _elsewhere(root: Path, pattern: str) -> str:
+    """A hint where the folders of a pattern are found instead, if they are near."""
+    if root.is_dir() and (fixed := _fixed(pattern)):
+        for folder in (root.parent, root.parent.parent, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
+            if (folder / fixed).is_dir():
+                return f"; but there is {folder / fixed}: data.root must be a folder that holds everything"
+    return ""
+
+
+def list_samples(
+    layout: Layout, root: Path, split: str, instances: bool = False, say: Callable[[str], None] = lambda line: None
+) -> list[Sample]:
+    """The samples of one split, sorted by name.
+
+    Args:
+        instances: they are needed, for networks that find contours. Else they are taken if every image has them.
+        say: told of the files that are left out.
 
     Raises:
         UserError: anything is missing; it says what was looked for, what the tree should look like and where it comes
             from.
     """
-    samples, problems = layout.scan(root, split)
-    if problems:
-        raise UserError(not_found(layout, root, problems))
-    return samples
+    samples, problems, no_instance, unused = scan(layout, root, split)
+    if problems or (instances and no_instance):
+        raise UserError(not_found(layout, root, problems + no_instance * instances))
+    if unused:
+        say(f"{layout.title}, {split}: {left_out(unused)}")
+    return [sample._replace(instance=None) for sample in samples] if no_instance else samples
 
 
-def not_found(layout: Layout, root: Path, problems: list[str]) -> str:
+def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
     """The whole explanation for someone whose data set is not where we looked."""
-    shown = "\n".join(f"  {line}" for line in problems[:5])
-    more = f"\n  and {len(problems) - 5} more: agcseg-data lists them all" if len(problems) > 5 else ""
+    lines = by_cause(problems)
+    shown = "\n".join(f"  {line}" for line in lines[:5])
+    more = f"\n  and {len(lines) - 5} more: agcseg-data lists them all" if len(lines) > 5 else ""
     tree = "\n".join(f"  {line}" for line in layout.tree.format(root=root).splitlines())
     return (
         f"{layout.title} was looked for in {root.absolute()} (data.root), and is not complete there:\n{shown}{more}\n"
@@ -82,69 +226,98 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
         shape: the labels again where the data set has none.
 
     Raises:
-        UserError: a file is missing, truncated, of the wrong size or holds numbers that are not labels; it names the
-            file.
+        UserError: a file is missing, truncated, of the wrong size, holds numbers that are not labels, or instances and
+            labels contradict each other; it names the file.
     """
-    image = decode(sample.image).convert("RGB")
-    if layout.image_size and (image.height, image.width) != layout.image_size:
-        raise UserError(f"{sample.image}: {_size(image)}, expected {layout.image_size[0]}x{layout.image_size[1]}")
-    label = decode(sample.label)
-    _check_size(sample.label, label, image)
-    if label.mode not in ("L", "P"):
-        raise UserError(
-            f"{sample.label}: mode {label.mode}, expected one 8-bit channel of label ids (is this the colour picture?)"
+    image = read_image(sample.image)
+    size = (image.height, image.width)
+    if layout.image_size and size != layout.image_size:
+        raise FileError(
+            sample.image,
+            f"{size[0]}x{size[1]}, expected {layout.image_size[0]}x{layout.image_size[1]}",
+            advice=f"{layout.title} as it is distributed is wanted; resized files can be read by data=folder",
         )
-    labels = layout.classes.lookup()[np.asarray(label)]
+    stored = read_numbers(sample.label)
+    _check_size(sample.label, stored, size)
+    if stored.ndim == 3 and not layout.classes.from_color:
+        cause = "mode RGB, expected one 8-bit channel of label ids (is this the colour picture?)"
+        raise FileError(sample.label, cause)
+    labels = layout.classes.translate(stored)
     if (labels == UNKNOWN).any():
-        numbers = sorted(set(np.asarray(label)[labels == UNKNOWN].tolist()))
-        raise UserError(f"{sample.label}: holds {_few(numbers)}, which are no label ids of {layout.title}")
+        kind = "colours" if stored.ndim == 3 else "numbers"
+        cause = f"holds {kind} that are no labels of {layout.title}"
+        raise FileError(sample.label, cause, counted(stored[labels == UNKNOWN]))
     if sample.instance is None:
         return image, labels, labels
-    instance = decode(sample.instance)
-    _check_size(sample.instance, instance, image)
-    if not instance.mode.startswith("I"):
-        raise UserError(f"{sample.instance}: mode {instance.mode}, expected one 16-bit channel of instance ids")
-    return image, labels, np.asarray(instance)
+    instances = read_numbers(sample.instance)
+    _check_size(sample.instance, instances, size)
+    if instances.ndim == 3:
+        raise FileError(sample.instance, "mode RGB, expected one channel of instance numbers")
+    if layout.instance_divisor and stored.ndim == 2:
+        _check_instances(sample, stored, instances, layout)
+    return image, labels, instances
 
 
-def check(samples: list[Sample], layout: Layout, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
-    """Decode every sample, and give one line for each that is wrong. All of them, not the first."""
+def _check_instances(sample: Sample, stored: np.ndarray, instances: np.ndarray, layout: Layout) -> None:
+    """The label of each pixel follows from its instance's number."""
+    instances = instances.astype(np.int32)
+    own = np.where(instances >= layout.instance_divisor, instances // layout.instance_divisor, instances)
+    wrong = (own != stored) & (stored != IGNORE)  # numbers below 0 stand in no file of instances
+    share = wrong.mean()
+    if not share:
+        return
+    if np.array_equal(layout.classes.translate(own), stored):
+        cause = f"holds class numbers (training ids), expected the label ids of {layout.title}"
+    elif share > 0.25:
+        cause = "contradicts its instances: one of the two belongs to another image"
+    else:
+        cause = (
+            "contradicts its instances: one of the two was stored with losses (as JPEG, or of fewer colours), or edited"
+        )
+    row, column = np.argwhere(wrong)[0]
+    detail = (
+        f"{share:.1%} of the pixels, first in row {row}, column {column}: {stored[row, column]}, where "
+        f"{sample.instance.name} has {instances[row, column]}"
+    )
+    raise FileError(sample.label, cause, detail)
 
-    def problem(sample: Sample) -> str | None:
-        try:
-            load(sample, layout)
-        except UserError as error:
-            return str(error)
-        return None
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        return [line for line in progress(pool.map(problem, samples)) if line]
+def check(
+    samples: list[Sample], layout: Layout, progress: Callable[[Iterable], Iterable] = iter
+) -> tuple[list[UserError], list[int]]:
+    """Decode every sample.
 
-
-def decode(path: Path) -> Image.Image:
-    """Read a whole picture.
-
-    Raises:
-        UserError: it is missing, truncated, not an image, or larger than Pillow thinks sane; it names the file.
+    Returns:
+        an error for each that is wrong, all of them, not the first; and the labelled pixels of each class in the rest.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's ways to say so
-        raise UserError(f"{path}: cannot be decoded, truncated or not an image ({error})") from None
+
+    def looked_at(sample: Sample) -> UserError | np.ndarray:
+        try:
+            return np.bincount(load(sample, layout)[1].ravel(), minlength=256)
+        except UserError as error:
+            return error
+
+    problems, pixels = [], np.zeros(256, dtype=np.int64)
+    for found in progress(each(looked_at, samples)):
+        if isinstance(found, UserError):
+            problems.append(found)
+        else:
+            pixels += found
+    return problems, pixels[: len(layout.classes)].tolist()
 
 
-def _check_size(path: Path, picture: Image.Image, image: Image.Image) -> None:
-    if picture.size != image.size:
-        raise UserError(f"{path}: {_size(picture)}, but its image is {_size(image)}")
+def counted(stored: np.ndarray) -> str:
+    """Numbers (n,) or colours (n, 3) with the pixels that have them, the most frequent first."""
+    colored = stored.ndim == 2
+    values, counts = np.unique(packed(stored) if colored else stored, return_counts=True)
+    few = [
+        f"{unpacked(int(values[i])) if colored else values[i]} on {counts[i]} pixels"
+        for i in np.argsort(-counts, kind="stable")[:5]
+    ]
+    return ", ".join(few) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
-def _size(picture: Image.Image) -> str:
-    return f"{picture.height}x{picture.width}"
-
-
-def _few(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+def _check_size(path: Path, stored: np.ndarray, size: tuple[int, int]) -> None:
+    if stored.shape[:2] != size:
+        detail = f"{stored.shape[0]}x{stored.shape[1]}, but its image is {size[0]}x{size[1]}"
+        raise FileError(path, "another size than its image", detail)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
-from agcseg.data import open_data, streets_root
+from agcseg.data import open_data
 from agcseg.data.layout import Layout
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
@@ -261,12 +261,8 @@ def _open(config: Config, device: torch.device) -> tuple[Layout, Split, Split, P
     Raises:
         UserError: the data cannot be used, or are too few.
     """
-    data, processes, root = config.data, parallel.world(), config.data.root
-    if root is None:
-        streets = data.streets
-        root = streets_root(data.cache_dir, streets.train, streets.val, tuple(streets.size), streets.seed, log.info)
-    layout, cached = open_data(data.name, root, tuple(data.size), data.cache_dir, progress, log.info)
-    contours = NETWORKS[config.network.name].contour
+    data, processes, contours = config.data, parallel.world(), NETWORKS[config.network.name].contour
+    layout, cached = open_data(data, progress, log.info, contours)
     train, val = (
         open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device, contours)
         for split, wanted in (("train", data.train_images), ("val", data.val_images))
@@ -339,7 +335,7 @@ def _about(config: Config, data: Data) -> dict:
     """What a checkpoint holds besides the state."""
     return {
         "config": asdict(config),
-        "classes": list(data.layout.classes.names),
+        "classes": data.layout.classes.to_dict(),
         "histogram": data.pixels,
         "normalisation": {"mean": list(MEAN), "std": list(STD)},
     }

@@ -1,0 +1,213 @@
+"""Your data: a folder of images and masks, with a file that says what the classes are; and a draft of that file."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from agcseg.data.labels import IGNORE, TABLES, UNKNOWN, Classes, Color, packed, some_color, unpacked
+from agcseg.data.layout import Layout, scan
+from agcseg.data.pictures import each, numbers_of, open_picture
+from agcseg.errors import FileError, UserError, by_cause
+
+MANY = UNKNOWN  # classes that numbers of 8 bits can tell apart
+ENTRY = {"name", "color", "colors", "numbers"}
+EXAMPLE = (
+    "such as\n  classes:\n  - name: road\n    numbers: [0]\n    color: [128, 64, 128]\n  void:\n    numbers: [255]"
+)
+
+
+def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layout:
+    """The layout of `data=folder`.
+
+    Args:
+        root: the data's folder.
+        patterns: the part `data.folder` of `agcseg.config.Config`.
+        classes: if they are known already, as a trained network's are; else they are read.
+
+    Raises:
+        UserError: there is no file of classes, or it does not say what they are.
+    """
+    tree = "\n".join(f"{{root}}/{part}" for part in (patterns.images, patterns.labels, patterns.instances) if part)
+    tree = tree.replace("{split}", "SPLIT").replace("{name}", "NAME").replace("**/", "")
+    return Layout(
+        name="folder",
+        title=root.absolute().name,
+        classes=classes or read_classes(root, patterns.classes),
+        images=patterns.images,
+        labels=patterns.labels,
+        instances=patterns.instances,
+        tree=f"{tree}\nas data.folder.images, .labels and .instances say; SPLIT is {patterns.train} or {patterns.val}",
+        source="your own",
+        splits={"train": patterns.train, "val": patterns.val},
+        instance_divisor=patterns.instance_divisor,
+    )
+
+
+def classes_file(root: Path, name: str) -> Path:
+    """Where `data.folder.classes` lies: in the data's folder or, if there is none, where the program was started."""
+    inside = root / Path(name).expanduser()
+    return inside if inside.exists() or not Path(name).exists() else Path(name)
+
+
+def read_classes(root: Path, name: str) -> Classes:
+    """The classes that a file names, or those of Cityscapes or CamVid where it is called so.
+
+    Raises:
+        UserError: the file is missing, or cannot be used; it says where and why.
+    """
+    path = classes_file(root, name)
+    if name in TABLES and not path.exists():
+        return TABLES[name]
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; it says what the classes are (data.folder.classes). To have it drafted from the labels: "
+            f"agcseg-data data=folder data.root={root} draft=true"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+    return _classes(path, content)
+
+
+def _classes(path: Path, content) -> Classes:
+    def refuse(fault: str):
+        raise UserError(f"{path}: {fault}")
+
+    if not isinstance(content, dict) or not isinstance(content.get("classes"), list) or not content["classes"]:
+        refuse(f"expected a list of classes, {EXAMPLE}")
+    if unknown := content.keys() - {"classes", "void"}:
+        refuse(f"{sorted(map(str, unknown))[0]}: is no key here; there are classes and void")
+    if len(content["classes"]) > MANY:
+        refuse(f"names {len(content['classes'])} classes; there can be {MANY}")
+    names, colors, from_file, from_color = [], [], {}, {}
+
+    def take(entry: dict, what: str, meaning: int, number: list[int]) -> list[Color]:
+        if unknown := entry.keys() - ENTRY:
+            refuse(
+                f"{what}: {sorted(map(str, unknown))[0]}: is no key of a class; there are {', '.join(sorted(ENTRY))}"
+            )
+        numbers = entry.get("numbers", number)
+        given = entry.get("colors") or []
+        given = [entry["color"], *given] if entry.get("color") is not None else given
+        for one in numbers if isinstance(numbers, list) else [numbers]:
+            if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**31:
+                refuse(f"{what}: numbers: {one}: expected whole numbers as they stand in the label files")
+            if one in from_file:
+                refuse(f"{what}: number {one} is that of {_meaning(from_file[one], names)} already")
+            from_file[one] = meaning
+        for color in given:
+            if not (isinstance(color, list) and len(color) == 3 and all(c in range(256) for c in color)):
+                refuse(f"{what}: color {color}: expected [red, green, blue], 0 to 255")
+            if tuple(color) in from_color:
+                refuse(f"{what}: colour {color} is that of {_meaning(from_color[tuple(color)], names)} already")
+            from_color[tuple(color)] = meaning
+        return [tuple(color) for color in given]
+
+    numbered = any(isinstance(entry, dict) and "numbers" in entry for entry in content["classes"])
+    for i, entry in enumerate(content["classes"]):
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name.strip():
+            hint = f": {name} is no text, quote it" if name is not None else ""
+            refuse(f"class {i + 1} has no name{hint}")
+        if name in names:
+            refuse(f"two classes are called {name}")
+        names.append(name)
+        colors.append((take(entry, name, i, [] if numbered else [i]) or [some_color(i)])[0])
+    if isinstance(content.get("void") or {}, dict):
+        take(content.get("void") or {}, "void", IGNORE, [])
+    else:
+        refuse("void: expected numbers: [...] or colors: [...]")
+    return Classes(tuple(names), tuple(colors), from_file, from_color)
+
+
+def _meaning(number: int, names: list[str]) -> str:
+    return "void" if number == IGNORE else names[number]
+
+
+class _Seen(NamedTuple):
+    pixels: Counter
+    files: Counter
+    colors: dict[int, Color]  # of numbers in pictures with a palette
+
+
+def draft(layout: Layout, root: Path, splits: Iterable[str], progress: Callable = iter) -> str:
+    """A file of classes to be edited, from what stands in the label files: each number's or colour's share.
+
+    Raises:
+        UserError: there are no labels, some cannot be read, some hold numbers and others colours, or so many different
+            ones that they cannot be classes.
+    """
+    listed = [sample.label for split in splits for sample in scan(layout, root, split).samples]
+    if not listed:
+        raise UserError("\n  ".join(["no image with its label was found:"] + [
+            line for split in splits for line in by_cause(scan(layout, root, split).problems)
+        ]))  # fmt: skip
+
+    def look(path: Path):
+        try:
+            picture = open_picture(path, lossless=True)
+            stored = numbers_of(path, picture)
+        except FileError as error:
+            return error
+        palette = np.array(picture.getpalette() or []).reshape(-1, 3) if picture.mode == "P" else ()
+        if stored.dtype == np.uint8 and stored.ndim == 2:
+            counts = np.bincount(stored.ravel())
+            values, counts = np.flatnonzero(counts), counts[counts > 0]
+        else:
+            values, counts = np.unique(packed(stored) if stored.ndim == 3 else stored, return_counts=True)
+        return stored.ndim == 3, values.tolist(), counts.tolist(), palette
+
+    seen, broken = {kind: _Seen(Counter(), Counter(), {}) for kind in (False, True)}, []
+    example = {}
+    for path, found in zip(listed, progress(each(look, listed)), strict=True):
+        if isinstance(found, FileError):
+            broken.append(found)
+            continue
+        colored, values, counts, palette = found
+        example.setdefault(colored, path)
+        seen[colored].pixels.update(dict(zip(values, counts, strict=True)))
+        seen[colored].files.update(values)
+        for value in values:
+            if value < len(palette):
+                seen[colored].colors.setdefault(value, tuple(palette[value].tolist()))
+    if broken:
+        raise UserError("\n  ".join(["these label files cannot be read:", *by_cause(broken)]))
+    if len(example) == 2:
+        raise UserError(f"{example[False]} holds numbers, {example[True]} colours; all labels must be of one kind")
+    colored = True in example
+    if len(seen[colored].pixels) > MANY:
+        many = f"{len(seen[colored].pixels)} different {'colours' if colored else 'numbers'}"
+        raise UserError(
+            f"{root}: the labels hold {many}, more than {MANY} classes: stored with losses, smoothed, or instances?"
+        )
+    return _drafted(root, len(listed), seen[colored], colored)
+
+
+def _drafted(root: Path, files: int, seen: _Seen, colored: bool) -> str:
+    total, values = seen.pixels.total(), sorted(seen.pixels)
+    void = [255] if not colored and 255 in values and len(values) > 1 else []
+    lines = [
+        f"# The classes of {root.absolute()}, drafted from {files} label files.",
+        "# Name them; take out what is no class, and put what is to be ignored under void. The order of the classes is",
+        "# that of the network's outputs. color: how it is painted, and what is read where labels are colours.",
+        "classes:",
+    ]
+    for i, value in enumerate(value for value in values if value not in void):
+        share = f"# {seen.pixels[value] / total:.3%} of the pixels, in {seen.files[value]} files"
+        color = unpacked(value) if colored else seen.colors.get(value, some_color(i))
+        lines += [f"- name: class {i if colored else value}    {share}"]
+        lines += [] if colored else [f"  numbers: [{value}]"]
+        lines += [f"  color: {list(color)}"]
+    note = f"    # a guess: {seen.pixels[255] / total:.3%} of the pixels, in {seen.files[255]} files" if void else ""
+    lines += ["void:", "  colors: []" if colored else f"  numbers: {void}{note}"]
+    return "\n".join(lines) + "\n"

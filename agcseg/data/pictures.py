@@ -1,0 +1,139 @@
+"""The one way in which pictures are found and opened: for training, evaluation and prediction."""
+
+import functools
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from agcseg.errors import FileError, UserError
+
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # formats that Pillow knows, but cannot decode by itself
+LOSSY = {"JPEG", "MPO"}
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Of all pictures that Pillow can decode here, in lower case, such as ".png"."""
+    Image.init()
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS
+    )
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted. Links are followed; names that begin with a dot are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here = os.path.realpath(parent)
+        inside = [name for name in folders if not name.startswith(".")]
+        # A link to a folder that it lies in would lead round for ever.
+        folders[:] = [
+            name for name in inside if not f"{here}/".startswith(f"{os.path.realpath(os.path.join(parent, name))}/")
+        ]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_picture(path: Path) -> bool:
+    """By its suffix; links to nothing count, so that they can be named, but no pipes and devices."""
+    return path.suffix.lower() in suffixes() and (path.is_file() or not path.exists())
+
+
+def left_out(paths: list[Path]) -> str:
+    """A line about files that are not used."""
+    names = ", ".join(path.name for path in paths[:3]) + ", ..." * (len(paths) > 3)
+    return f"{len(paths)} other file{'s' * (len(paths) > 1)} left out: {names}"
+
+
+def each(read: Callable, items: Iterable) -> Iterator:
+    """`map` in a thread per processor, for what decodes. Pillow's warnings, which name no file, stay silent."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield from pool.map(read, items)
+
+
+def open_picture(path: Path, lossless: bool = False) -> Image.Image:
+    """A whole picture, turned upright as its EXIF says, its checksums verified.
+
+    Args:
+        lossless: refuse what is stored as JPEG.
+
+    Raises:
+        UserError: it is missing, damaged, not a picture, or larger than Pillow's limit; it names the file.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileError(path, "missing, a link to nothing" if os.path.islink(path) else "missing") from None
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror})") from None
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            kind = picture.format
+            if kind == "PNG":
+                with Image.open(io.BytesIO(content)) as twin:
+                    twin.verify()
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+    except Image.DecompressionBombError as error:
+        advice = "make it smaller; from Python, PIL.Image.MAX_IMAGE_PIXELS is the limit"
+        raise FileError(path, "has too many pixels", str(error).split(", could")[0], advice) from None
+    except Exception as error:  # the decoders' ways to say so are many
+        fault = " ".join(str(error).replace(repr(io.BytesIO())[:20], "").split()) or type(error).__name__
+        fault = "no known format" if isinstance(error, Image.UnidentifiedImageError) else fault
+        raise FileError(path, "cannot be decoded, truncated or not an image", fault) from None
+    if lossless and kind in LOSSY:
+        advice = "store labels and instances as PNG"
+        raise FileError(path, f"is a {kind}, which changes the numbers in it", advice=advice)
+    return picture
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture as RGB, of 8 bits a channel, whatever its mode.
+
+    Raises:
+        UserError: see `open_picture`; or it has more than 8 bits a channel.
+    """
+    picture = open_picture(path)
+    if picture.mode[0] in "IF":
+        advice = "convert it to 8 bits: which values are black and white cannot be known"
+        raise FileError(path, f"mode {picture.mode}, expected 8 bits a channel", advice=advice)
+    try:
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise FileError(path, f"mode {picture.mode} cannot become RGB", str(error)) from None
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """Numbers per pixel, as stored: (H, W), of one channel of up to 32 bits; or colours, (H, W, 3) uint8.
+
+    Of a picture with a palette the indices are given.
+
+    Raises:
+        UserError: see `open_picture`; it is a JPEG; or it has another mode, such as floating point.
+    """
+    return numbers_of(path, open_picture(path, lossless=True))
+
+
+def numbers_of(path: Path, picture: Image.Image) -> np.ndarray:
+    """See `read_numbers`."""
+    if picture.mode in ("RGB", "RGBA"):
+        return np.asarray(picture.convert("RGB"))
+    if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):
+        raise FileError(path, f"mode {picture.mode}, expected one channel of whole numbers, or colours")
+    numbers = np.asarray(picture)
+    return numbers.astype(np.uint8 if picture.mode == "1" else numbers.dtype.newbyteorder("="), copy=False)

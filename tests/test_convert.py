@@ -116,14 +116,14 @@ def test_what_is_fused_and_what_is_left():
     assert conversion.replaced == [f"bn{i}" for i in range(1, 7)]
     assert conversion.fused == ["bn1", "bn2", "bn3", "bn4"]
     assert conversion.left == {
-        "bn5": "apart: its convolution pads by 'circular', 'same'",
+        "bn5": "apart: its convolution pads by 'same'",
         "bn6": "apart: its convolution is read elsewhere too",
         "bn7": "stays, BatchNorm1d: it is not BatchNorm2d",
     }
     assert str(conversion).splitlines() == [
         "Block: 6 layers of batch normalisation are AGC now, "
         "4 AGC layers run as one step with the convolution in front of them.",
-        "  1 apart: its convolution pads by 'circular', 'same': bn5",
+        "  1 apart: its convolution pads by 'same': bn5",
         "  1 apart: its convolution is read elsewhere too: bn6",
         "  1 stays, BatchNorm1d: it is not BatchNorm2d: bn7",
     ]

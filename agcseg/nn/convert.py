@@ -5,11 +5,12 @@ import warnings
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
 from agcseg.nn.find import Findings, find
-from agcseg.nn.pairs import PairedConv2d, has_hooks
+from agcseg.nn.pairs import has_hooks, paired, unpaired
 
 # By name, as their packages need not be installed.
 FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
@@ -95,8 +96,8 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
             replaced.append(name)
     fused = []
     for module in layers.values() if not fuse else ():
-        if type(module) is PairedConv2d:
-            module.__class__ = nn.Conv2d
+        if type(module) is not unpaired(type(module)):
+            module.__class__ = unpaired(type(module))
             vars(module).pop("watched", None)
     for name, module in layers.items():
         if not fuse or not isinstance(module, AGC2d):
@@ -172,12 +173,14 @@ def _why_apart(name: str, layers: dict[str, nn.Module], findings: Findings) -> s
     for source in findings.sources[norm]:
         if isinstance(source, str):
             return f"no convolution in front of it, but {source}"
-        if type(source) not in (nn.Conv2d, PairedConv2d):
+        if not isinstance(source, nn.Conv2d):
             return f"no Conv2d in front of it, but {type(source).__name__}"
         if not findings.alone.get(source):
             return "its convolution is read elsewhere too"
-        if source.padding_mode != "zeros" or source.padding == "same":
-            return f"its convolution pads by {source.padding_mode!r}, {source.padding!r}"
+        if source.padding == "same":
+            return "its convolution pads by 'same'"
+        if is_parametrized(source):
+            return "its convolution is parametrised"
         if has_hooks(source):
             return "its convolution has hooks"
     return None
@@ -189,7 +192,10 @@ def _pair(name: str, layers: dict[str, nn.Module], findings: Findings) -> None:
         path, other = names[conv].split("."), name.split(".")
         common = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), 0)
         passed = (*_below(path[:-1], common), *_below(other, common))
-        conv.__class__, conv.watched = PairedConv2d, tuple(layers[name] for name in passed if name in layers)
+        conv.__class__, conv.watched = (
+            paired(unpaired(type(conv))),
+            tuple(layers[name] for name in passed if name in layers),
+        )
 
 
 def _below(path: list[str], common: int) -> list[str]:

@@ -7,16 +7,20 @@ filters, z' = (γW) * x and O = z' + (β - λ·mean(z')), M positions in a map a
 
 The convolution's own bias b only shifts: β + (1 - λ)·γ·b takes β's place.
 
-In networks that others wrote, the two are called one after the other. `PairedConv2d` therefore puts its convolution off
-(`Deferred`): `agc` runs the unit on it, and anything else that reads it gets the convolution's maps. So it does not
-matter who reads them; and where it would matter (the convolution's input was overwritten in between, or the reader
-hides from torch what it reads) an error says so.
+In networks that others wrote, the two are called one after the other. A `paired` convolution therefore puts off what it
+computes (`Deferred`): `agc` runs the unit on it, and anything else that reads it gets the convolution's maps. So it
+does not matter who reads them; and where it would matter (the convolution's input was overwritten in between, or the
+reader hides from torch what it reads) an error says so.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import has_torch_function_unary
+from torch.nn.modules.utils import _pair
+from torch.overrides import TorchFunctionMode, has_torch_function_unary
 from torch.utils._pytree import tree_map_only
 
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
@@ -179,9 +183,8 @@ def _autocast(input: Tensor) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-class PairedConv2d(nn.Conv2d):
-    """A Conv2d whose output is put off until it is read. `convert_batchnorm` makes it of a Conv2d, which stays what it
-    is in every other respect.
+class _Paired:
+    """What makes a convolution put off its output until it is read; it stays what it is in every other respect.
 
     Attributes:
         watched: modules that its output passes on its way into the AGC. While one has hooks, nothing is put off.
@@ -189,30 +192,78 @@ class PairedConv2d(nn.Conv2d):
 
     watched: tuple[nn.Module, ...] = ()
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = (0, 0) if self.padding == "valid" else self.padding
-        if self.padding_mode == "zeros" and not isinstance(padding, str) and self._may_wait(input, weight):
-            return Deferred.of(input, weight, bias, Geometry(self.stride, padding, self.dilation, self.groups))
-        return super()._conv_forward(input, weight, bias)
+    def forward(self, *args, **kwargs) -> Tensor:
+        seen = any(has_hooks(module) for module in (self, *self.watched))
+        if seen or not (runs_eagerly() and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        with _PuttingOff():
+            return super().forward(*args, **kwargs)
 
-    def _may_wait(self, input: Tensor, weight: Tensor) -> bool:
-        """Whether nobody looks at the convolution by itself, and nothing about the call is unusual."""
-        return (
-            runs_eagerly()
-            and torch.is_grad_enabled()
-            and all(type(t) in (Tensor, nn.Parameter) and t.is_floating_point() for t in (input, weight))
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        kind = unpaired(type(self))
+        return super().__reduce_ex__(protocol) if kind is type(self) else (_blank, (kind,), vars(self))
+
+    def __prepare_scriptable__(self) -> nn.Conv2d:
+        conv = object.__new__(unpaired(type(self)))
+        vars(conv).update({key: value for key, value in vars(self).items() if key != "watched"})
+        return conv
+
+
+@cache
+def paired(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The class of convolutions of a kind that put off their output."""
+    return type(f"Paired{kind.__name__}", (_Paired, kind), {"__doc__": kind.__doc__, "__module__": __name__})
+
+
+def unpaired(kind: type) -> type:
+    """The class that `paired` made a class of, or the class itself."""
+    return kind.__mro__[2] if kind.__mro__[1] is _Paired else kind
+
+
+def _blank(kind: type[nn.Conv2d]) -> nn.Conv2d:
+    return object.__new__(paired(kind))
+
+
+PairedConv2d = paired(nn.Conv2d)
+
+
+class _PuttingOff(TorchFunctionMode):
+    """Puts off the calls of conv2d within, where nothing about them is unusual."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.conv2d:
+            call = _Call(*args, **(kwargs or {})).numbers()
+            if call is not None:
+                return Deferred.of(*call)
+        return func(*args, **(kwargs or {}))
+
+
+class _Call(NamedTuple):
+    """Arguments of conv2d."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] | str = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
+        input, weight = self.input, self.weight
+        usual = all(type(t) in (Tensor, nn.Parameter) and t.is_floating_point() for t in (input, weight))
+        if (
+            usual
             and not any(t.is_inference() for t in (input, weight))
             and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
             and input.device == weight.device
             and input.dim() == 4
             and input.shape[1] == weight.shape[1] * self.groups
-            and not any(has_hooks(module) for module in (self, *self.watched))
-        )
-
-    def __prepare_scriptable__(self) -> nn.Conv2d:
-        conv = nn.Conv2d.__new__(nn.Conv2d)
-        conv.__dict__.update({key: value for key, value in vars(self).items() if key != "watched"})
-        return conv
+            and self.padding != "same"
+        ):
+            padding = 0 if self.padding == "valid" else self.padding
+            return input, weight, self.bias, Geometry(*map(_pair, (self.stride, padding, self.dilation)), self.groups)
+        return None
 
 
 def has_hooks(module: nn.Module) -> bool:

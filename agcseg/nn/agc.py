@@ -44,15 +44,14 @@ def agc_formula(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor)
     return ((input - mean_scale * mean) * weight + bias).to(input.dtype)
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func, a forward derivative or `torch.jit.trace` wants torch's own operations."""
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+
+
 def runs_eagerly() -> bool:
-    """Whether nothing but autograd looks on: no compiler, exporter or tracer, no transform of torch.func, no forward
-    derivative. Each of these needs torch's own operations."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    """Whether nothing but autograd looks on, no compiler or exporter either."""
+    return not (torch.compiler.is_compiling() or transformed())
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None, mean_scale: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.fast import Parameters, agc_unit
+from agcseg.nn.pairs import has_hooks
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
 IMPLEMENTATIONS = ("fast", "literal")
@@ -18,8 +19,9 @@ class ConvUnit(nn.Module):
     """Convolution (stride 1, output of the input's size) -> norm -> ReLU, with an unpooling in front, a pooling behind.
 
     With AGC all of it is one step of autograd (`agcseg.nn.fast`) that calls neither `conv` nor `norm` but reads their
-    parameters; every other norm, and the literal form, is torch's own operations one by one. The convolution has a bias
-    only where there is no norm: a norm's own bias supplies it.
+    parameters, as long as these are a Conv2d and an AGC2d as made here, without hooks (`is_fast`). Every other norm, a
+    part that was exchanged, wrapped, parametrised or hooked, and the literal form are torch's own operations one by
+    one. The convolution has a bias only where there is no norm: a norm's own bias supplies it.
 
     Args:
         in_channels, out_channels, kernel_size: of the convolution; `kernel_size` is odd.
@@ -53,7 +55,19 @@ class ConvUnit(nn.Module):
 
     @property
     def is_fast(self) -> bool:
-        return self.implementation == "fast" and type(self.norm) is AGC2d  # a subclass may mean something else
+        """Whether the fast form computes what calls of `conv` and `norm` would."""
+        conv, norm = self.conv, self.norm
+        return (
+            self.implementation == "fast"
+            and type(norm) is AGC2d  # a subclass may mean something else
+            and type(conv) is nn.Conv2d
+            and conv.bias is None
+            and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+            and conv.padding == (conv.weight.shape[2] // 2,) * 2
+            and conv.weight.shape[2] == conv.weight.shape[3]
+            and conv.weight.shape[2] % 2 == 1
+            and not (has_hooks(conv) or has_hooks(norm))
+        )
 
     @property
     def agc_parameters(self) -> Parameters:
@@ -91,5 +105,8 @@ class ConvUnit(nn.Module):
         else:
             maps = self.conv(maps)
         maps = self.norm(maps)
-        maps = self.norm.activate(maps) if hasattr(self.norm, "activate") else F.relu(maps, inplace=True)
+        if hasattr(self.norm, "activate"):
+            maps = self.norm.activate(maps)
+        else:  # a hook may have kept the norm's maps
+            maps = F.relu(maps, inplace=not has_hooks(self.norm))
         return max_pool2d(maps) if pool else maps

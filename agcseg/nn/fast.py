@@ -23,9 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from agcseg.nn import passes
-from agcseg.nn.agc import AGC2d, _check, agc
+from agcseg.nn.agc import AGC2d, _check, agc, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 from agcseg.nn.unit import PLAIN, Geometry, _same, operands
 
@@ -69,6 +70,8 @@ def agc_unit(
         own indices. Either serves as `unpool`.
     """
     inputs = (input,) if isinstance(input, Tensor) else tuple(input)
+    geometry = Geometry(*(p if p is None else _pair(p) for p in geometry[:3]), geometry.groups)
+    _check_maps(inputs, unpool)
     plain = len(inputs) == 1 and unpool is None and stem is None and not pool
     if geometry != PLAIN and not plain:
         raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
@@ -96,12 +99,40 @@ def agc_unit(
     return _Unit.apply(geometry, pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
 
 
+def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
+    """As strict for small maps as for large ones."""
+    first, *others = inputs
+    if any(x.dim() != 4 for x in inputs):
+        raise ValueError(f"agc_unit takes maps of shape (N, C, H, W); got {[tuple(x.shape) for x in inputs]}")
+    if any(x.shape[2:] != first.shape[2:] or len(x) != len(first) or x.dtype != first.dtype for x in others):
+        got = [(tuple(x.shape), x.dtype) for x in inputs]
+        raise ValueError(f"maps that are concatenated differ in their channels only; got {got}")
+    if unpool is None:
+        return
+    if unpool.dtype not in (torch.uint8, torch.int64) or unpool.shape != first.shape:
+        got = f"{tuple(unpool.shape)} of {unpool.dtype}"
+        raise ValueError(f"winners are uint8 or int64 and of the maps' shape {tuple(first.shape)}; got {got}")
+    if (
+        unpool.dtype == torch.int64
+        and unpool.device.type == "cpu"
+        and not (torch.compiler.is_compiling() or transformed())
+    ):
+        height, width = unpool.shape[2:]
+        rows, columns = unpool // (4 * width), unpool % (2 * width) // 2
+        if not (
+            torch.equal(rows, torch.arange(height).view(-1, 1).expand_as(unpool))
+            and torch.equal(columns, torch.arange(width).expand_as(unpool))
+        ):
+            raise ValueError("winners must lie in the 2x2 windows of their own positions")
+
+
 def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     """Whether the formula in torch's own operations is faster: by the output's size, `positions` times that of `maps`.
 
-    On a GPU nothing was measured, and a compiler saves the calls by itself. On the meta device there are only shapes.
+    On a GPU nothing was measured, and a compiler saves the calls by itself. On the meta device there are only shapes,
+    and transforms of torch.func and traces need the formula.
     """
-    if maps.is_meta:
+    if maps.is_meta or transformed():
         return True
     if maps.device.type != "cpu" or torch.compiler.is_compiling():
         return False

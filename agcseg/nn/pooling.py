@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agcseg.nn import passes
+from agcseg.nn.agc import transformed
 
 
 def max_pool2d(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
         (N, C, 2h, 2w).
     """
     cells = window_offsets(winners, 2 * input.shape[3])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return _unpool_by_shuffle(input, cells)
     if winners.dtype == torch.uint8 or input.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         return _Unpool.apply(input, cells)

@@ -1,0 +1,154 @@
+"""ConvUnit obeys its parts; its fast form is as strict, and as open to torch's tools, as torch's own layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from agcseg import AGC2d, ConvUnit, agc_unit
+from agcseg.nn import max_pool2d
+from agcseg.nn.unit import Geometry
+
+
+def literal(unit, x, factor):
+    norm = unit.norm
+    z = factor * unit.conv(x)
+    z = z - norm.mean_scale.view(-1, 1, 1) * z.mean((2, 3), keepdim=True)
+    return F.relu(z * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1))
+
+
+def made():
+    torch.manual_seed(0)
+    unit = ConvUnit(3, 8).double()
+    nn.init.normal_(unit.norm.bias)
+    return unit
+
+
+class Adapted(nn.Module):
+    """A wrapper as LoRA's: the convolution, and something that is added."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.base, self.added = conv, nn.Conv2d(3, 8, 1, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.added(x)
+
+
+def exchange(unit, channels=8, kernel_size=3, **options):
+    unit.conv, unit.norm = nn.Conv2d(3, channels, kernel_size, padding=1, **options), AGC2d(channels)
+
+
+CHANGES = {
+    "stride": lambda unit: setattr(unit.conv, "stride", (2, 2)),
+    "dilation": lambda unit: setattr(unit.conv, "dilation", (2, 2)),
+    "padding mode": lambda unit: exchange(unit, padding_mode="reflect", bias=False),
+    "even kernel": lambda unit: exchange(unit, kernel_size=2, bias=False),
+    "bias": lambda unit: exchange(unit),
+    "groups": lambda unit: exchange(unit, 9, groups=3),
+    "wrapper": lambda unit: setattr(unit, "conv", Adapted(unit.conv)),
+    "hook of the convolution": lambda unit: unit.conv.register_forward_hook(lambda module, inputs, maps: maps * 2),
+    "hook of the norm": lambda unit: unit.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
+    "backward hook": lambda unit: unit.norm.register_full_backward_hook(lambda module, inputs, outputs: None),
+    "pruning": lambda unit: prune.l1_unstructured(unit.conv, "weight", 0.5),
+    "parametrisation": lambda unit: parametrizations.weight_norm(unit.conv),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_unit_obeys_its_convolution_and_hooks(form, change):
+    unit = made()
+    CHANGES[change](unit)
+    unit.double()
+    assert not unit.is_fast
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    expected, output = literal(unit, x, 2 if change == "hook of the norm" else 1), unit(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(output.square().sum(), list(unit.parameters()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(unit.parameters()))
+    for got, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_wrong_maps_are_refused_whatever_their_size(form):
+    unit, x = ConvUnit(8, 4), torch.randn(2, 4, 6, 6)
+    _, winners = max_pool2d(torch.randn(2, 8, 12, 12))
+    y = torch.randn(2, 8, 6, 6)
+    unit(y, unpool=winners)
+    for wrong, message in (
+        (winners[:, :, :3], "winners are uint8 or int64 and of the maps' shape"),
+        (winners[:1], "winners are uint8 or int64"),
+        (winners > 0, "got .* of torch.bool"),
+        (winners + 10**9, "must lie in the 2x2 windows"),
+        (winners.flip(2), "must lie in the 2x2 windows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unit(y, unpool=wrong)
+    for others in (x[:1], x[:, :, :1, :1], x.double()):
+        with pytest.raises(ValueError, match="differ in their channels only"):
+            unit([x, others])
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+        unit(y[0])
+    with pytest.raises(ValueError, match="do not fit"):
+        unit(x)
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_geometry_in_numbers(form):
+    x, w = (
+        torch.randn(2, 3, 8, 8, dtype=torch.float64),
+        torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True),
+    )
+    one, zero = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    outputs = [agc_unit(x, w, one, zero, one, geometry=g) for g in (Geometry(2, 1), Geometry((2, 2), (1, 1)))]
+    assert torch.equal(*outputs)
+    assert torch.equal(*(torch.autograd.grad(o.square().sum(), w)[0] for o in outputs))
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_transforms_of_torch_func(form):
+    """Two units behind each other; unpooling too. vmap gives the samples' gradients."""
+    units = nn.Sequential(ConvUnit(3, 4), ConvUnit(4, 4)).double()
+    parameters = {name: p.detach() for name, p in units.named_parameters()}
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return functional_call(units, parameters, (x,)).square().sum()
+
+    expected = torch.autograd.grad(loss(dict(units.named_parameters()), x), list(units.parameters()))
+    for gradients in (
+        torch.func.grad(loss)(parameters, x),
+        torch.compile(torch.func.grad(loss), backend="eager")(parameters, x),
+    ):
+        for (name, got), value in zip(gradients.items(), expected, strict=True):
+            torch.testing.assert_close(got, value, rtol=0, atol=1e-9, msg=name)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+    torch.testing.assert_close(each["0.conv.weight"].sum(0), expected[0], rtol=0, atol=1e-9)
+    _, tangent = torch.func.jvp(lambda x: loss(parameters, x), (x,), (torch.ones_like(x),))
+    (d_input,) = torch.autograd.grad(loss(parameters, x.requires_grad_()), x)
+    torch.testing.assert_close(tangent, d_input.sum(), rtol=1e-9, atol=1e-9)
+    _, winners = max_pool2d(torch.randn(2, 3, 12, 12))
+    torch.func.grad(lambda x: units[0](x, unpool=winners).sum())(x.detach())
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracers_see_the_convolution(form):
+    unit, x = ConvUnit(3, 4), torch.randn(2, 3, 8, 8)
+    traced = torch.jit.trace(unit, x)
+    assert "aten::_convolution" in str(traced.inlined_graph)
+    other = torch.randn(5, 3, 10, 6)
+    torch.testing.assert_close(traced(other), unit(other))
+    fvcore = pytest.importorskip("fvcore.nn")
+    assert fvcore.FlopCountAnalysis(unit, x).by_operator()["conv"] == 2 * 4 * 64 * 27
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_counters_by_hooks_see_the_convolution(form):
+    """As torchinfo counts."""
+    torchinfo = pytest.importorskip("torchinfo")
+    assert torchinfo.summary(ConvUnit(3, 4), (2, 3, 8, 8), verbose=0).total_mult_adds >= 2 * 64 * 4 * 27

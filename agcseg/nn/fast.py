@@ -77,9 +77,10 @@ def agc_unit(
         raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
     if sum(x.shape[1] for x in inputs) != (stem[0] if stem else filters).shape[1] * geometry.groups:
         raise ValueError(f"filters of shape {tuple(filters.shape)} do not fit maps {[tuple(x.shape) for x in inputs]}")
-    for f, *vectors in ((filters, weight, bias, mean_scale), *((stem,) if stem else ())):
-        if any(len(vector) != len(f) for vector in vectors):
-            raise ValueError(f"{len(f)} filters take γ, β and λ of as many; got {[len(v) for v in vectors]}")
+    for parameters in ((filters, weight, bias, mean_scale), stem) if stem else ((filters, weight, bias, mean_scale),):
+        k, *lengths = [parameter.shape[0] for parameter in parameters]
+        if lengths != [k] * 3:
+            raise ValueError(f"{k} filters take γ, β and λ of as many; got {lengths}")
     if geometry.padding is None:
         if any(f.shape[2] != f.shape[3] or f.shape[2] % 2 == 0 for f in (filters, *(stem or ())[:1])):
             raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")

@@ -6,12 +6,28 @@ gather, which take number by number; nor do they need positions, which a GPU wou
 """
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CACHED = 2**18  # numbers that stay in a processor's cache
+
+
+try:
+    import triton
+except ImportError:  # comes with torch for CUDA on Linux
+    triton = None
+
+
+def kernels(maps: Tensor) -> ModuleType | None:
+    """`agcseg.nn.kernels` where its kernels can work on these maps, the same functions as here."""
+    if not maps.is_cuda or triton is None or maps.dtype == torch.float64 or not len(maps):
+        return None
+    from agcseg.nn import kernels
+
+    return kernels
 
 
 def layout(maps: Tensor) -> torch.memory_format:
@@ -49,6 +65,8 @@ def activate(
     Returns:
         the output, the winners of the pooling if any, the mean (N, K).
     """
+    if fast := kernels(z):
+        return fast.activate(z, bias, mean_scale, pool, mean)
     if mean is None:
         mean = sums(z) / z.shape[2:].numel()
     winners = None
@@ -65,6 +83,8 @@ def backward(
     grad: Tensor, output: Tensor, winners: Tensor | None, mean: Tensor, mean_scale: Tensor, need_maps: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """From dy, with g = dy·[y > 0] and s its sums: dz' = g - λ·s/M, unpooled by `winners` if any; dβ and dλ."""
+    if need_maps and (fast := kernels(output)):
+        return fast.backward(grad, output, winners, mean, mean_scale)
     g = torch.ops.aten.threshold_backward(grad, output, 0)
     s = sums(g)
     dz = None
@@ -80,11 +100,42 @@ def _as_maps(level: Tensor, maps: Tensor) -> Tensor:
     return level.to(maps.dtype)[:, :, None, None]
 
 
+def fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """γW, in another dtype."""
+    if filters.is_cuda:  # there one kernel does both
+        return torch.mul(filters, gain.view(-1, 1, 1, 1), out=torch.empty_like(filters, dtype=dtype))
+    return (filters * gain.view(-1, 1, 1, 1)).to(dtype)
+
+
+def filter_gradients(d_filters: Tensor, filters: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """dW = γ·dW', with the strides and dtype of W, and dγ = <W, dW'>. May overwrite dW'.
+
+    On a CPU in blocks that stay in its cache.
+    """
+    if fast := kernels(d_filters):
+        return fast.filter_gradients(d_filters, filters, gain)
+    d_filters = as_parameter(d_filters, filters)
+    rows = len(filters)
+    if filters.device.type == "cpu":
+        rows = min(max(1, CACHED // filters[0].numel()), rows)
+    d_gain = []
+    for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
+        d_gain.append((w * d).sum((1, 2, 3), dtype=statistics_dtype(w)))
+        d.mul_(scale.view(-1, 1, 1, 1))
+    return d_filters, (torch.cat(d_gain) if len(d_gain) > 1 else d_gain[0]).to(gain.dtype)
+
+
+def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """With the strides and dtype of the parameter, as optimisers and `torch.compile` expect it."""
+    same = gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
+
+
 def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima of the 2x2 windows, (N, C, H/2, W/2), and the cells (uint8) of the first one in each."""
     n, c, h, w = maps.shape
     fmt = layout(maps)
-    maxima = _empty(maps, (n, c, h // 2, w // 2), fmt)
+    maxima = empty(maps, (n, c, h // 2, w // 2), fmt)
     cells = torch.empty_like(maxima, dtype=torch.uint8)
     for windows, maximum, cell in _blocks(_windows(maps, fmt), _rows(maxima, fmt), _rows(cells, fmt)):
         (a, b), (c, d) = ([windows[:, i, :, j].contiguous() for j in (0, 1)] for i in (0, 1))
@@ -99,9 +150,11 @@ def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpool(values: Tensor, cells: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, C, 2h, 2w): each value in its cell, 0 elsewhere."""
+    if fast := kernels(values):
+        return fast.unpool(values, cells)
     n, c, h, w = values.shape
     fmt = layout(values)
-    maps = _empty(values, (n, c, 2 * h, 2 * w), fmt)
+    maps = empty(values, (n, c, 2 * h, 2 * w), fmt)
     for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
         windows, below, right = _bits(windows), *_masks(cell, value)
         lower = _bits(value) & below
@@ -114,6 +167,8 @@ def unpool(values: Tensor, cells: Tensor) -> Tensor:
 
 def gather(maps: Tensor, cells: Tensor) -> Tensor:
     """(N, C, 2h, 2w) -> (N, C, h, w): the values in the cells, the inverse of `unpool`."""
+    if fast := kernels(maps):
+        return fast.gather(maps, cells)
     fmt = layout(maps)
     values = torch.empty_like(cells, dtype=maps.dtype, memory_format=fmt)
     for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
@@ -124,7 +179,7 @@ def gather(maps: Tensor, cells: Tensor) -> Tensor:
     return values
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], fmt: torch.memory_format) -> Tensor:
+def empty(like: Tensor, shape: tuple[int, ...], fmt: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
 
 

@@ -39,12 +39,14 @@ def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
     Returns:
         (N, C, 2h, 2w).
     """
-    cells = window_offsets(winners, 2 * input.shape[3])
     if torch.compiler.is_compiling() or transformed():
-        return _unpool_by_shuffle(input, cells)
-    if winners.dtype == torch.uint8 or input.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
-        return _Unpool.apply(input, cells)
-    return F.max_unpool2d(input, winners, 2)
+        return _unpool_by_shuffle(input, window_offsets(winners, 2 * input.shape[3]))
+    on_cpu = input.device.type == "cpu"
+    if on_cpu and winners.dtype != torch.uint8 and not torch.are_deterministic_algorithms_enabled():
+        return F.max_unpool2d(input, winners, 2)
+    if not passes.kernels(input):  # which read either notation
+        winners = window_offsets(winners, 2 * input.shape[3])
+    return _Unpool.apply(input, winners)
 
 
 class _Unpool(torch.autograd.Function):

@@ -5,7 +5,7 @@ them in forward too, runs it as it runs eagerly, and fake tensors have its shape
 """
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -47,14 +47,15 @@ def operands(geometry: Geometry) -> list[int]:
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
-def _geometry(numbers: Sequence[int]) -> Geometry:
-    return Geometry(*(tuple(numbers[i : i + 2]) for i in (0, 2, 4)), numbers[6])
+@cache
+def _geometry(*numbers: int) -> Geometry:
+    return Geometry(*(numbers[i : i + 2] for i in (0, 2, 4)), numbers[6])
 
 
 def _forward(inputs, unpool, parameters, stem, geometry, pool):
     """The output, winners of the pooling, mean of z' and of the stem's z'; numbers there are none of are empty."""
     filters, gain, bias, mean_scale = parameters
-    geometry, maps, stem_mean = _geometry(geometry), inputs, None
+    geometry, maps, stem_mean = _geometry(*geometry), inputs, None
     if stem:
         output, _, stem_mean = passes.activate(_convolve(maps, *stem[:2], _same(stem[0])), *stem[2:])
         maps = [output]
@@ -72,13 +73,16 @@ def _backward(
     grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs
 ):  # fmt: skip
     """Gradients of the unit's 4 parameters, the stem's 4 and the inputs; empty where not needed."""
-    geometry, by_sample = _geometry(geometry), [grad, output, winners, unpool, mean, *([stem_mean] if stem else [None])]
+    geometry, by_sample = (
+        _geometry(*geometry),
+        [grad, output, winners, unpool, mean, *([stem_mean] if stem else [None])],
+    )
     by_sample += inputs
     shapes = [shapes[i : i + 3] for i in range(0, len(shapes), 3)]
     # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
-    positions = output.shape[2:].numel() * (1 if winners is None else 4)
-    alone = (unpool is not None or stem) and positions >= 2**16
-    parts = min(len(grad), len(grad) if grad.device.type == "cpu" else PARTS) if alone else 1
+    parts = 1
+    if (unpool is not None or stem) and output.shape[2:].numel() * (1 if winners is None else 4) >= 2**16:
+        parts = len(grad) if grad.device.type == "cpu" else min(len(grad), PARTS)
     if parts <= 1:
         grads = _backward_part(*by_sample[:6], inputs, parameters, stem, shapes, geometry, needs)
     else:
@@ -89,15 +93,9 @@ def _backward(
             g[0] if g[0] is None else torch.cat(g) for g in grads[8:]
         ]
     like = [*parameters, *(stem or parameters)]
-    grads[:8] = [g if g is None else _as(g, p) for g, p in zip(grads[:8], like, strict=True)]
+    grads[:8] = [g if g is None else passes.as_parameter(g, p) for g, p in zip(grads[:8], like, strict=True)]
     grads[8:] = [g if g is None else g.contiguous(memory_format=passes.layout(output)) for g in grads[8:]]
     return [output.new_empty(0) if g is None else g for g in grads]
-
-
-def _as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """With the strides of the parameter, as optimisers and `torch.compile` expect it."""
-    same = gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype
-    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def _backward_part(
@@ -149,45 +147,32 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, 
         d_maps, slices = _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters)
         del dz
     if need_filters:
-        d_filters = (torch.cat(slices, 1) if len(slices) > 1 else slices[0]).to(filters.dtype)
-        d_gain = _scale(d_filters, filters, gain, mean.dtype)
+        d_filters = torch.cat(slices, 1) if len(slices) > 1 else slices[0]
+        d_filters, d_gain = passes.filter_gradients(d_filters, filters, gain)
     return [d_filters, d_gain, d_bias, d_mean_scale], d_maps
-
-
-def _scale(d_filters: Tensor, filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """dW' becomes dW = γ·dW' in place; returns dγ = <W, dW'>. In blocks that stay in a processor's cache."""
-    rows = max(1, CACHED // filters[0].numel())
-    if rows >= len(filters) or filters.device.type != "cpu":
-        d_gain = (filters.to(dtype) * d_filters).sum((1, 2, 3)).to(gain.dtype)
-        d_filters.mul_(gain.view(-1, 1, 1, 1))
-        return d_gain
-    d_gain = []
-    for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
-        d_gain.append((w.to(dtype) * d).sum((1, 2, 3)))
-        d.mul_(scale.view(-1, 1, 1, 1))
-    return torch.cat(d_gain).to(gain.dtype)
 
 
 def _same(filters: Tensor) -> Geometry:
     return Geometry(padding=(filters.shape[2] // 2,) * 2)
 
 
-def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry) -> list[Tensor]:
     """The filters of each input, from those of the concatenation."""
     if len(shapes) == 1:
-        return [filters.to(dtype)]
-    return list(filters.to(dtype).split([shape[0] // geometry.groups for shape in shapes], 1))
+        return [filters]
+    return list(filters.split([shape[0] // geometry.groups for shape in shapes], 1))
 
 
 def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
+    dtype = inputs[0].dtype
     fold = _fold_is_smaller(filters, inputs[0])
-    folded = _fold(filters, gain) if fold else filters
-    slices = _slices(folded, [x.shape[1:] for x in inputs], geometry, inputs[0].dtype)
+    folded = passes.fold(filters, gain, dtype) if fold else filters.to(dtype)
+    slices = _slices(folded, [x.shape[1:] for x in inputs], geometry)
     z = F.conv2d(inputs[0], slices[0], None, *geometry)
     for x, w in zip(inputs[1:], slices[1:], strict=True):
         z += F.conv2d(x, w, None, *geometry)
-    return z if fold else z.mul_(gain.view(-1, 1, 1))
+    return z if fold else z.mul_(gain.to(dtype).view(-1, 1, 1))
 
 
 def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters):
@@ -200,12 +185,14 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
         )
 
     fold = _fold_is_smaller(filters, dz)
-    if fold and dz.numel() <= 4 * CACHED and need_filters and need_maps == (True,) and isinstance(maps, tuple):
-        # On small maps calls cost more than the memory of both gradients at once.
-        d_map, d_slice, _ = backward(maps[0], _fold(filters, gain).to(dz.dtype), True, True)
+    folded = passes.fold(filters, gain, dz.dtype) if fold else filters.to(dz.dtype)
+    # On small maps, and on a GPU's, calls cost more than the memory of both gradients at once.
+    small = dz.numel() <= 4 * CACHED or dz.is_cuda
+    if fold and small and need_filters and need_maps == (True,) and isinstance(maps, tuple):
+        d_map, d_slice, _ = backward(maps[0], folded, True, True)
         return [d_map], [d_slice]
     maps = maps or tuple(dz.new_empty(len(dz), *shape) for shape in shapes)  # only their shapes count
-    slices = _slices(filters, shapes, geometry, dz.dtype)
+    slices = _slices(folded, shapes, geometry)  # of which the filters' gradient reads the shapes only
     d_filters = [backward(x, w, False, True)[1] if need_filters else None for x, w in zip(maps, slices, strict=True)]
     if not any(need_maps):
         return [None] * len(maps), d_filters
@@ -213,10 +200,8 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
         shells = [torch.empty_like(x) for x in maps]
         maps.clear()
         maps = shells
-    if fold:
-        slices = _slices(_fold(filters, gain), shapes, geometry, dz.dtype)
-    else:
-        dz.mul_(gain.view(-1, 1, 1))
+    if not fold:
+        dz.mul_(gain.to(dz.dtype).view(-1, 1, 1))
     d_maps = [
         backward(x, w, True, False)[0] if need else None for x, w, need in zip(maps, slices, need_maps, strict=True)
     ]
@@ -226,13 +211,11 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
 def _fold_is_smaller(filters: Tensor, maps: Tensor) -> bool:
     """Whether γ is cheaper on the filters than on the convolution's output, of as many positions as `maps`.
 
-    Small filters are scaled in any case: the two gradients of the convolution then come from one call.
+    Small filters are scaled in any case: the two gradients of the convolution then come from one call. So are all on a
+    GPU: what changes their dtype scales them on the way.
     """
-    return filters.numel() <= CACHED or filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
-
-
-def _fold(filters: Tensor, gain: Tensor) -> Tensor:
-    return filters * gain.view(-1, 1, 1, 1)
+    small = filters.numel() <= CACHED or filters[0].numel() < maps.shape[0] * maps.shape[2:].numel()
+    return small or filters.is_cuda
 
 
 def _layout(inputs: Sequence[Tensor], filters: Tensor) -> torch.memory_format:
@@ -243,7 +226,7 @@ def _layout(inputs: Sequence[Tensor], filters: Tensor) -> torch.memory_format:
 
 def _fake_forward(inputs, unpool, parameters, stem, geometry, pool):
     (x, *_), (filters, *_) = inputs, parameters
-    stride, padding, dilation, _ = _geometry(geometry)
+    stride, padding, dilation, _ = _geometry(*geometry)
     sides = x.shape[2:] if unpool is None else [2 * side for side in x.shape[2:]]
     kernel = filters.shape[2:]
     sides = [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]

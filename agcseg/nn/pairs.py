@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode, has_torch_function_unary
 from torch.utils._pytree import tree_map_only
 
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
-from agcseg.nn.passes import sums
-from agcseg.nn.unit import Geometry, _convolve, _convolve_backward, _scale
+from agcseg.nn.passes import filter_gradients, sums
+from agcseg.nn.unit import Geometry, _convolve, _convolve_backward
 
 UNPADDED = Geometry(padding=(0, 0))
 
@@ -100,8 +100,7 @@ class _AGCConv2d(torch.autograd.Function):
                 dz, maps, [ctx.shape], ctx.geometry, filters, weight, (need_input,), needs[0] or needs[1]
             )
         if d_filters is not None:
-            d_filters = d_filters.to(filters.dtype)
-            d_weight = _scale(d_filters, filters, weight, mean.dtype)
+            d_filters, d_weight = filter_gradients(d_filters, filters, weight)
         return None, d_input, d_filters, d_weight, d_bias, d_mean_scale
 
 

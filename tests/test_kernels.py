@@ -1,0 +1,165 @@
+"""The Triton kernels against torch's operations: on CPU tensors, in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+
+from agcseg.nn import agc, agc_unit, max_pool2d, max_unpool2d, passes  # noqa: E402
+from agcseg.nn.pooling import window_offsets  # noqa: E402
+
+if not os.environ.get("TRITON_INTERPRET"):
+
+    def test_in_the_interpreter():
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", __file__]
+        done = subprocess.run(
+            command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and "100%" in done.stdout, done.stdout + done.stderr
+
+else:
+    from agcseg.nn import kernels
+
+    both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    # one tile and part of one; several shares of several tiles; more maps than a tile has
+    sizes = pytest.mark.parametrize("shape", [(2, 5, 6, 8), (1, 3, 64, 96), (3, 70, 2, 4)])
+
+    def maps(shape, layout, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+
+    def vectors(n):
+        return torch.linspace(-1, 1, n).sin(), torch.linspace(2, -0.5, n)
+
+    @pytest.fixture(autouse=True)
+    def small_tiles(monkeypatch):
+        monkeypatch.setattr(kernels, "TILE", 1024)
+        monkeypatch.setattr(kernels, "SHARES", 3)
+        kernels._planned.cache_clear()
+
+    def check(found, expected, layout):
+        for a, b in zip(found, expected, strict=True):
+            if a is None or b is None:
+                assert a is b
+                continue
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert a.dim() < 4 or a.is_contiguous(memory_format=layout)
+            digit = {torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.uint8: 0}[a.dtype]
+            torch.testing.assert_close(a, b, rtol=digit, atol=digit)
+
+    @both_layouts
+    @sizes
+    @pytest.mark.parametrize("pool", [False, True])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_activate(shape, layout, pool, known):
+        z, (bias, mean_scale) = maps(shape, layout), vectors(shape[1])
+        mean = z.mean((2, 3)) if known else None
+        found = kernels.activate(z.clone(), bias, mean_scale, pool, mean)
+        check(found, passes.activate(z.clone(), bias, mean_scale, pool, mean), layout)
+
+    @both_layouts
+    @sizes
+    @pytest.mark.parametrize("pool", [False, True])
+    def test_backward(shape, layout, pool):
+        z, (bias, mean_scale) = maps(shape, layout), vectors(shape[1])
+        output, winners, mean = passes.activate(z, bias, mean_scale, pool)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))  # contiguous, whatever the layout
+        found = kernels.backward(grad, output, winners, mean, mean_scale)
+        check(found, passes.backward(grad, output, winners, mean, mean_scale, True), layout)
+
+    @pytest.mark.parametrize("pool", [False, True])
+    def test_bfloat16_to_one_digit(pool):
+        layout = torch.channels_last
+        z, (bias, mean_scale) = maps((2, 5, 16, 24), layout, torch.bfloat16), vectors(5)
+        output, winners, mean = kernels.activate(z.clone(), bias, mean_scale, pool)
+        expected = agc(z.float(), torch.ones(5), bias, mean_scale).relu()
+        check([output], [(F.max_pool2d(expected, 2) if pool else expected).bfloat16()], layout)
+        torch.testing.assert_close(mean, z.double().mean((2, 3)).float())
+        grad = maps(output.shape, layout, torch.bfloat16)
+        found = kernels.backward(grad, output, winners, mean, mean_scale)
+        wide = [grad.float(), output.float(), winners, mean, mean_scale]
+        dz, d_bias, d_mean_scale = passes.backward(*wide, True)
+        check(found, [dz.bfloat16(), d_bias, d_mean_scale], layout)
+
+    @both_layouts
+    @sizes
+    def test_windows(shape, layout):
+        z = maps(shape, layout)
+        values, winners = max_pool2d(z)
+        for notation in (winners, window_offsets(winners, shape[3])):
+            assert torch.equal(kernels.unpool(values, notation), F.max_unpool2d(values, winners, 2))
+            assert torch.equal(kernels.gather(z, notation), values)
+
+    def test_the_first_of_equal_cells_wins():
+        z = maps((2, 5, 8, 8), torch.channels_last).round()
+        zero = torch.zeros(5)
+        _, winners, _ = kernels.activate(z.clone(), zero, zero, True)
+        assert torch.equal(winners, window_offsets(max_pool2d(z.relu())[1], 8))
+
+    def test_nan_stays():
+        z = maps((1, 2, 4, 4), torch.contiguous_format)
+        z[0, 1, 2, 3] = torch.nan
+        for pool in (False, True):
+            output, winners, mean = kernels.activate(z.clone(), torch.zeros(2), torch.ones(2), pool)
+            assert output[0, 1].isnan().all() and not output[0, 0].isnan().any()
+            dz, *_ = kernels.backward(torch.ones_like(output), output, winners, mean, torch.ones(2))
+            assert not dz[0, 0].isnan().any()
+
+    @both_layouts
+    def test_filter_gradients(layout):
+        filters, d = maps((6, 5, 3, 3), layout), maps((6, 5, 3, 3), torch.contiguous_format)
+        gain = torch.linspace(-1, 2, 6)
+        found = kernels.filter_gradients(d.clone(), filters, gain)
+        assert found[0].stride() == filters.stride()
+        torch.testing.assert_close(found, passes.filter_gradients(d.clone(), filters, gain))
+
+    @both_layouts
+    @pytest.mark.parametrize("options", [{}, {"pool": True}, {"unpool": True, "pool": True}, {"stem": True}])
+    def test_the_unit(options, layout, monkeypatch):
+        """All kernels together equal the formula, values and gradients."""
+        monkeypatch.setattr(passes, "kernels", lambda maps: kernels)
+        monkeypatch.setattr("agcseg.nn.fast.SMALL", 0)
+        shape = (2, 3, 4, 6) if "unpool" in options else (2, 3, 8, 12)
+        x = maps(shape, layout).requires_grad_()
+        units = [[torch.randn(k, c, 3, 3), *torch.randn(3, k)] for k, c in ((5, 4 if "stem" in options else 3), (4, 3))]
+        units = [[p.requires_grad_() for p in unit] for unit in units][: 1 + ("stem" in options)]
+        winners = torch.randint(4, shape, dtype=torch.uint8)
+        output = agc_unit(
+            x,
+            *units[0],
+            pool="pool" in options,
+            unpool=winners if "unpool" in options else None,
+            stem=units[1] if "stem" in options else None,
+        )
+        y = F.max_unpool2d(x, _flat(winners), 2) if "unpool" in options else x
+        for filters, *parameters in reversed(units):
+            y = F.relu(agc(F.conv2d(y, filters, padding=1), *parameters))
+        if "pool" in options:
+            output, y = output[0], F.max_pool2d(y, 2)
+        leaves = [x, *(p for unit in units for p in unit)]
+        grad = torch.randn(y.shape)
+        found, expected = ([maps, *torch.autograd.grad(maps, leaves, grad)] for maps in (output, y))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    def _flat(cells):
+        h, w = cells.shape[2:]
+        corner = torch.arange(0, 4 * h * w, 4 * w).view(h, 1) + torch.arange(0, 2 * w, 2)
+        return corner + cells % 2 + cells // 2 * 2 * w
+
+    def test_unpooling_between_other_units(monkeypatch):
+        monkeypatch.setattr(passes, "kernels", lambda maps: kernels)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        values, winners = max_pool2d(maps((2, 3, 4, 6), torch.channels_last))
+        values.requires_grad_()
+        expected = F.max_unpool2d(values, winners, 2)
+        found = max_unpool2d(values, winners)
+        grad = torch.randn(found.shape)
+        assert torch.equal(found, expected) and found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(*(torch.autograd.grad(maps, values, grad)[0] for maps in (found, expected)))

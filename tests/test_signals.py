@@ -67,7 +67,7 @@ def test_parts_in_evaluation_and_parts_for_training_only():
             return (self.unit(maps), self.auxiliary(maps)) if self.training else self.unit(maps)
 
     network = Network()
-    assert list(layer_signals(network, torch.randn(1, 3, 8, 8))) == ["unit"]
+    assert list(layer_signals(network, torch.randn(1, 3, 8, 8))) == ["frozen", "unit"]
     assert network.training and network.unit.training and not network.frozen.training
 
 
@@ -82,3 +82,44 @@ def test_common_mode_at_initialisation():
     network = agcseg.build("segnet", width=0.25, norm_options={"mean_scale": 0.0})
     figures = layer_signals(network, torch.randn(1, 3, 64, 128))
     assert figures["encoder.0.0"]["common_mode"] < 0.2 < 0.5 < figures["encoder.2.1"]["common_mode"]
+
+
+class Foreign(nn.Module):
+    """Somebody else's network: layers named in another order than they run in, one of them twice, one without maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.agc = nn.BatchNorm2d(4), agcseg.AGC2d(4, mean_scale=0.5)
+        self.convs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.unit, self.vector = ConvUnit(4, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = self.agc(self.convs(x)).relu()
+        x = self.last(self.agc(x))
+        return self.vector(self.unit(x).mean((2, 3)))
+
+
+def test_any_network_in_the_order_of_execution():
+    network = Foreign()
+    assert list(layer_signals(network, torch.randn(2, 3, 8, 8))) == ["convs.1", "agc", "last", "unit"]
+    conversion = agcseg.convert_batchnorm(network)
+    assert conversion.fused == ["convs.1"]  # the others read something else too
+    figures = layer_signals(network, torch.randn(2, 3, 8, 8))
+    assert list(figures) == ["convs.1", "agc", "last", "unit"]
+    assert all(layer["lambda_mean"] == (0.5 if name == "agc" else 1) for name, layer in figures.items())
+    assert (figures["agc"]["height"], figures["agc"]["width"]) == (6, 6)
+
+
+def test_figures_of_a_layer_alone_are_those_of_its_unit():
+    unit, x = unit_of(), 2 + torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    alone = nn.Sequential(unit.conv, unit.norm, nn.ReLU(inplace=True))
+    assert layer_signals(alone, x)["1"] == layer_signals(unit, x)[""]
+
+
+def test_the_device_is_waited_for_once(monkeypatch):
+    network, calls = agcseg.build("segnet", width=0.05), []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, own=own, name=name: calls.append(name) or own(*a))
+    assert len(layer_signals(network, torch.randn(2, 3, 32, 64))) == 25
+    assert calls == ["tolist"]

@@ -11,6 +11,7 @@ import torch  # noqa: E402
 import agcseg.nn.fast  # noqa: E402
 from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig  # noqa: E402
 from agcseg.data.streets import make_streets  # noqa: E402
+from hydra_plugins.hydra_gpus_launcher import _devices, _slots  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,19 @@ def _threads():
 def form(request, monkeypatch):
     """The fast AGC unit as large maps have it; as small maps on a CPU where a test asks for "small"."""
     monkeypatch.setattr(agcseg.nn.fast, "SMALL", {"large": 0, "small": 2**30}[getattr(request, "param", "large")])
+
+
+@pytest.fixture
+def no_gpus(tmp_path_factory, monkeypatch):
+    """For the launcher a machine of its own, without GPUs; the value makes nvidia-smi of a shell script."""
+    folder = tmp_path_factory.mktemp("machine")
+
+    def nvidia_smi(script: str) -> None:
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}")
+        (folder / "nvidia-smi").chmod(0o755)
+
+    nvidia_smi("exit 9\n")
+    monkeypatch.setenv(_slots.LOCKS, str(folder))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(_devices, "PROC", folder / "proc")
+    return nvidia_smi

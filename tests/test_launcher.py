@@ -1,136 +1,62 @@
-"""The launcher of hydra_plugins, with a program that knows nothing of torch; at the end, real runs that are killed."""
+"""The launcher of hydra_plugins: devices, tables, what it says and refuses. Its processes: test_sweeps.py."""
 
-import csv
-import json
+import contextlib
+import errno
+import io
 import os
-import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 
+from hydra_plugins.hydra_gpus_launcher import _child, _devices, _launch, _slots
 from hydra_plugins.hydra_gpus_launcher._devices import CPU, Device, find_devices, job_environment, parse_list
 from hydra_plugins.hydra_gpus_launcher._queue import Job, _read_status
+from hydra_plugins.hydra_gpus_launcher._slots import Slots
 from hydra_plugins.hydra_gpus_launcher._table import event_line, final_lines, labels, live_lines
 
+pytestmark = pytest.mark.usefixtures("no_gpus")
 ROOT = Path(__file__).parents[1]
-
-APP = """
-import json, os, signal, subprocess, sys, time
-from dataclasses import dataclass
-from pathlib import Path
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-
-@dataclass
-class Conf:
-    what: str = "ok"
-    x: int = 0
-    seconds: float = 0.0
-
-ConfigStore.instance().store(name="conf", node=Conf)
-
-def tell(**status):
-    path = os.environ.get("RUN_STATUS_FILE", "nobody.json")
-    Path(path + ".new").write_text(json.dumps(status))
-    os.replace(path + ".new", path)
-
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="conf")
-def job(cfg):
-    it, began = HydraConfig.get(), time.time()
-    tell(state="running", progress="epoch 1/2", error="50.0 %", eta_s=3)
-    record = {"mode": it.mode.name, "num": it.job.num, "id": it.job.id, "dirname": it.job.override_dirname,
-              "task": list(it.overrides.task), "output": it.runtime.output_dir, "name": it.job.name,
-              "sources": [str(s.path) for s in it.runtime.config_sources], "argv": sys.argv}
-    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_DEVICE_ORDER")
-    environment = {key: os.environ[key] for key in names if key in os.environ}
-    Path(f"started{it.job.num}").write_text(str(os.getpid()))
-    try:
-        time.sleep(cfg.seconds)
-    finally:
-        Path(f"left{it.job.num}").touch()
-    if cfg.what == "raise":
-        raise ValueError("no\\nway")
-    if cfg.what == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if cfg.what == "exit":
-        sys.exit("had enough")
-    if cfg.what == "diverge":
-        tell(state="diverged", reason="the loss became nan")
-    if cfg.what == "leave":
-        Path("left.pid").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
-    with open("records.jsonl", "a") as file:
-        file.write(json.dumps({**record, "environment": environment, "from": began, "to": time.time()}) + "\\n")
-    return cfg.x / 4
-
-def main():
-    job()
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.fixture
-def app(tmp_path):
-    (tmp_path / "app.py").write_text(APP)
-    return tmp_path
-
-
-def environment(**more):
-    own = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-    rest = {key: value for key, value in os.environ.items() if key not in own}
-    return {**rest, "PYTHONPATH": str(ROOT), **more}
-
-
-def command(*arguments, program=("app.py",)):
-    return [sys.executable, *program, "-m", "hydra/launcher=gpus", "hydra.sweep.dir=sweep", *arguments]
-
-
-def sweep(folder, *arguments, program=("app.py",), **more):
-    return subprocess.run(
-        command(*arguments, program=program), cwd=folder, env=environment(**more), capture_output=True, text=True
-    )
-
-
-def records(folder):
-    return sorted(map(json.loads, (folder / "records.jsonl").read_text().splitlines()), key=lambda r: r["num"])
-
-
-def wait_for(condition, seconds=300.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-    return found
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
 
 # --- devices
 
 
+LISTING = """GPU 0: NVIDIA H100 (UUID: GPU-aaaa-0)
+GPU 1: NVIDIA H100 (UUID: GPU-bbbb-1)
+"""
+PARTS = """  MIG 1g.5gb  Device  0: (UUID: MIG-cccc)
+  MIG 1g.5gb  Device  1: (UUID: MIG-dddd)
+"""
+INFORMATION = """Model: \t\t NVIDIA H100
+IRQ:   \t\t 153
+GPU UUID: \t GPU-{uuid}
+Device Minor: \t {minor}
+GPU Excluded:\t No
+"""
+
+
+def entries(devices, environment):
+    return [device.visible for device in find_devices(devices, environment)[0]]
+
+
 def test_devices_come_from_cuda_visible_devices():
     visible = {"CUDA_VISIBLE_DEVICES": "3, 5,GPU-8932f937-d72c"}
-    assert [d.visible for d in find_devices("auto", visible)] == ["3", "5", "GPU-8932f937-d72c"]
-    assert [d.visible for d in find_devices([2, 0], visible)] == ["GPU-8932f937-d72c", "3"]  # positions, as in CUDA
-    assert find_devices(["GPU-8932f937-d72c"], visible) == [Device("GPU-8932f937", "GPU-8932f937-d72c")]
-    assert find_devices("cpu", visible) == [CPU]
-    assert [d.visible for d in find_devices("auto", {"CUDA_VISIBLE_DEVICES": "1,-1,2"})] == ["1"]
-    assert find_devices("auto", {"CUDA_VISIBLE_DEVICES": ""}) == [CPU]
+    assert entries("auto", visible) == ["3", "5", "GPU-8932f937-d72c"]
+    assert entries([2, 0], visible) == ["GPU-8932f937-d72c", "3"]  # positions, as in CUDA
+    assert find_devices(["GPU-8932f937-d72c"], visible)[0][0].name == "GPU-8932f937"
+    assert find_devices("cpu", visible)[0] == [CPU]
+    assert entries("auto", {"CUDA_VISIBLE_DEVICES": "1,-1,2"}) == ["1"]
+    assert entries("auto", {"CUDA_VISIBLE_DEVICES": "0,0, 1,GPU-aa,GPU-aa"}) == ["0", "1", "GPU-aa"]  # each once
+    assert find_devices("auto", {"CUDA_VISIBLE_DEVICES": ""})[0] == [CPU]
 
 
-@pytest.mark.parametrize("devices", [[3], [0, 0], [], ["GPU-x"], "gpu", [-1]])
+@pytest.mark.parametrize("devices", [[3], [0, 0], [], ["GPU-x"], "gpu", [-1], ["GPU-"]])
 def test_devices_that_are_not_there_are_refused(devices):
     with pytest.raises(CompactHydraException, match=r"hydra\.launcher\.devices="):
         find_devices(devices, {"CUDA_VISIBLE_DEVICES": "3,5,7"})
@@ -138,17 +64,89 @@ def test_devices_that_are_not_there_are_refused(devices):
         find_devices(devices, {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def test_devices_come_from_nvidia_smi(tmp_path):
-    listing = "GPU 0: NVIDIA H100 (UUID: GPU-aa)\nGPU 1: NVIDIA H100 (UUID: GPU-bb)\n"
-    parts = "  MIG 1g.5gb  Device  0: (UUID: MIG-cc)\n  MIG 1g.5gb  Device  1: (UUID: MIG-dd)\n"
-    assert parse_list(listing) == ["0", "1"] and parse_list(listing + parts) == ["0", "MIG-cc", "MIG-dd"]
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listing}'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    code = (
-        "import os; from hydra_plugins.hydra_gpus_launcher._devices import *; print(find_devices('auto', os.environ))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], env=environment(PATH=str(tmp_path)), capture_output=True)
-    assert b"visible='0'" in found.stdout and b"visible='1'" in found.stdout, found.stderr
+def test_devices_come_from_nvidia_smi(no_gpus):
+    assert [gpu.visible for gpu, _ in parse_list(LISTING)] == ["0", "1"]
+    assert [(gpu.visible, gpu.uuid) for gpu, _ in parse_list(LISTING + PARTS)] == [
+        ("0", "GPU-aaaa-0"), ("MIG-cccc", "MIG-cccc"), ("MIG-dddd", "MIG-dddd")
+    ]  # fmt: skip
+    assert parse_list("No devices were found\n") == []
+    no_gpus(f"cat <<END\n{LISTING}END\n")
+    devices, found = find_devices("auto", {})
+    assert found == "GPU 0, GPU 1 (by nvidia-smi)"
+    assert [(gpu.visible, gpu.uuid) for gpu in devices] == [("0", "GPU-aaaa-0"), ("1", "GPU-bbbb-1")]
+    assert (
+        entries(["GPU-bbbb-1"], {}) == entries(["GPU-bbbb"], {}) == ["1"]
+    )  # the UUIDs of nvidia-smi -L, or their head
+    with pytest.raises(CompactHydraException, match="there are 2 GPUs .0 GPU-aaaa-0, 1 GPU-bbbb-1."):
+        find_devices(["GPU-cccc-2"], {})
+    assert entries("auto", {"CUDA_VISIBLE_DEVICES": "1,GPU-bbbb,0"}) == ["1", "0"]  # one GPU by two names
+    assert [gpu.uuid for gpu in find_devices("auto", {"CUDA_VISIBLE_DEVICES": "1"})[0]] == ["GPU-bbbb-1"]
+    mixed = LISTING.replace("H100", "T4", 1)  # CUDA counts the fastest first, unless told otherwise
+    no_gpus(f"cat <<END\n{mixed}END\n")
+    assert [gpu.uuid for gpu in find_devices("auto", {"CUDA_VISIBLE_DEVICES": "1"})[0]] == [""]
+
+
+def test_devices_without_nvidia_smi(tmp_path, monkeypatch):
+    """As the driver lists them, less those that a container may not use; else as torch sees them; else the CPU."""
+    monkeypatch.setattr(_devices, "ASK_TORCH", "print('GPU 0 aa-0\\nGPU 1 ')")
+    devices, found = find_devices("auto", {})
+    assert found == "GPU 0, GPU 1 (by torch)" and [gpu.uuid for gpu in devices] == ["GPU-aa-0", ""]
+    monkeypatch.setattr(_devices, "ASK_TORCH", "raise OSError")
+    devices, found = find_devices("auto", {})
+    assert devices == [CPU] and found.startswith("the CPU; no GPU was found (by nvidia-smi, ")
+    for minor in (0, 1):
+        (_devices.PROC / f"0000:0{minor}:00.0").mkdir(parents=True)
+        (_devices.PROC / f"0000:0{minor}:00.0/information").write_text(
+            INFORMATION.format(uuid=f"{minor}a", minor=minor)
+        )
+    monkeypatch.setattr(_devices, "DEV", tmp_path)
+    (tmp_path / "nvidia1").touch()
+    assert [(gpu.visible, gpu.uuid) for gpu in find_devices("auto", {})[0]] == [("0", "GPU-1a")]
+
+
+def taken(slots, times):
+    return [device and device.visible for device in (slots.take() for _ in range(times))]
+
+
+def test_a_gpu_is_free_if_no_other_sweep_and_no_program_uses_it(no_gpus, monkeypatch):
+    gpus = [gpu for gpu, _ in parse_list(LISTING)]
+    ours, theirs = Slots(gpus, 2), Slots(gpus, 1)
+    assert taken(ours, 1) == ["0"] and taken(theirs, 2) == ["1", None]
+    assert theirs.why_not == "GPU 0: another sweep runs there"
+    assert taken(ours, 2) == ["0", None] and ours.why_not == "GPU 1: another sweep runs there"
+    asked = Slots([gpu._replace(asked_for=True) for gpu in gpus], 1)
+    assert taken(asked, 3) == ["0", "1", None] and asked.why_not == ""
+    job = os.dup(ours.lock(gpus[0])[0])  # a job holds the lock with the launcher, and when that is gone
+    ours.give_back(gpus[0]), ours.give_back(gpus[0])
+    theirs._refused.clear()
+    assert taken(theirs, 1) == [None]
+    os.close(job)
+    theirs._refused.clear()
+    assert taken(theirs, 1) == ["0"]
+
+    theirs.give_back(gpus[0]), theirs.give_back(gpus[1])
+    ours._refused.clear()
+    no_gpus(f"echo GPU-aaaa-0, 4711; echo GPU-bbbb-1, {os.getpid()}\n")
+    assert taken(ours, 3) == ["1", "1", None] and ours.why_not == "GPU 0: process 4711 computes there"
+    no_gpus("echo '[Insufficient Permissions], [N/A]'\n")
+    ours._refused.clear()
+    assert taken(ours, 1) == ["0"] and ours.why_not == ""
+
+
+def test_the_cpu_is_always_free_and_locks_need_no_folder(monkeypatch):
+    assert taken(Slots([CPU], 2), 3) == taken(Slots([CPU], 2), 3) == ["", "", None]
+    monkeypatch.setenv(_slots.LOCKS, "/nowhere")
+    assert taken(Slots([Device("GPU 0", "0")], 1), 1) == ["0"]
+
+
+def test_a_job_without_the_gpu_it_was_given_fails(monkeypatch):
+    """`torch` here finds none; a program without torch is not asked."""
+    for given, torch, complains in (("0", True, True), ("GPU-aa", True, True), ("", True, False), ("0", False, False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        cuda = SimpleNamespace(is_available=lambda: False)
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda) if torch else None)
+        with pytest.raises(CompactHydraException, match="given a GPU") if complains else contextlib.nullcontext():
+            _child._check_gpu()
 
 
 def test_threads_are_shared_out_unless_the_user_has_set_them():
@@ -167,7 +165,7 @@ def test_threads_are_shared_out_unless_the_user_has_set_them():
 
 
 def made(label, state, told=100.0, **values):
-    job = Job(label, Path("sweep/.jobs/x.log"), Path("x.json"), lambda: b"", state, told=told, **values)
+    job = Job(label, "x", lambda: (b"", Path()), state, told=told, log=Path("sweep/.jobs/x.log"), **values)
     if state != "waiting":
         job.device, job.started = CPU, 40.0
     if state not in ("waiting", "running"):
@@ -235,224 +233,95 @@ def test_labels_leave_out_what_all_runs_share():
 )
 def test_a_status_file_may_hold_anything(tmp_path, text):
     job = made("a", "running")
-    job.status_file = tmp_path / "status.json"
+    job.log = tmp_path / "status.log"
     job.status_file.write_text(text)
     _read_status(job)
     assert live_lines([job], 80, 24, now=time.time())[1].startswith("a    running  cpu")
 
 
-# --- sweeps of the small program
+# --- what is said, and what is refused
 
 
-def test_each_job_sees_one_gpu_and_no_gpu_has_more_jobs_than_it_may(app):
-    done = sweep(app, "x=1,2,3,4,5,6", "seconds=0.4", "hydra.launcher.devices=[0,2]",
-                 "hydra.launcher.jobs_per_device=2", CUDA_VISIBLE_DEVICES="3,5,GPU-ab")  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = records(app)
-    assert [record["num"] for record in ran] == list(range(6))
-    for gpu in ("3", "GPU-ab"):
-        spans = [(r["from"], r["to"]) for r in ran if r["environment"]["CUDA_VISIBLE_DEVICES"] == gpu]
-        assert len(spans) >= 2
-        assert max(sum(a <= at < b for a, b in spans) for at, _ in spans) <= 2
-    assert {r["environment"]["CUDA_VISIBLE_DEVICES"] for r in ran} == {"3", "GPU-ab"}
-    first = sorted(ran, key=lambda r: r["from"])[:4]  # the emptiest GPU comes first
-    assert sorted(r["environment"]["CUDA_VISIBLE_DEVICES"] for r in first) == ["3", "3", "GPU-ab", "GPU-ab"]
-    starts = re.findall(r"x=(\d): started", done.stdout)
-    assert starts == list("123456")  # in order
+class Broken(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
-
-def test_failures_touch_no_other_and_are_told(app):
-    whats = "ok,raise,kill,exit,diverge,ok,leave"
-    done = sweep(app, f"what={whats}", "hydra.launcher.devices=cpu", "hydra.launcher.jobs_per_device=2")
-    assert done.returncode == 1
-    table = done.stdout[done.stdout.index("run           state") :]
-    for line in (
-        r"what=ok       finished  \d+ s +50.0 %",
-        r"what=raise    failed    \d+ s +50.0 %  ValueError: no way \(sweep/.jobs/what=raise-\w+.log\)",
-        r"what=kill     failed    \d+ s +50.0 %  killed by SIGKILL \(out of memory\?\) \(sweep/.jobs/what=kill",
-        r"what=exit     failed    \d+ s +50.0 %  exit code 1: had enough \(sweep/.jobs/what=exit",
-        r"what=diverge  diverged  \d+ s +the loss became nan",
-        r"6 runs: 1 diverged, 3 failed, 2 finished",  # the second what=ok is the first
-    ):
-        assert re.search(line, table), table
-    (log,) = app.glob("sweep/.jobs/what=raise-*.log")
-    assert "ValueError: no\nway" in log.read_text()
-    assert "Traceback" not in done.stdout + done.stderr
-    assert [r["task"] for r in records(app)] == [["what=ok"], ["what=diverge"], ["what=leave"]]
-    assert all(r["environment"]["CUDA_VISIBLE_DEVICES"] == "" for r in records(app))
-    wait_for(lambda: not alive(int((app / "left.pid").read_text())), 5)  # nothing is left behind on a GPU
-
-
-def test_jobs_are_what_the_basic_launcher_makes_them_however_the_program_starts(app):
-    (app / "entry").write_text("import app\nif __name__ == '__main__':\n    app.main()\n")  # as console scripts are
-
-    def ran(*program, launcher="gpus"):
-        (app / "records.jsonl").unlink(missing_ok=True)
-        done = sweep(app, "x=1,2", f"hydra/launcher={launcher}", program=program, PYTHONPATH=f"{ROOT}{os.pathsep}{app}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        for record in (made := records(app)):
-            assert record.pop("argv")[1:4] == ["-m", "hydra/launcher=gpus", "hydra.sweep.dir=sweep"]
-            del record["environment"], record["from"], record["to"]
-        return made
-
-    basic = ran("app.py", launcher="basic")
-    assert [record["num"] for record in basic] == [0, 1] and basic[0]["mode"] == "MULTIRUN"
-    assert ran("app.py") == ran("-m", "app") == ran("entry") == basic
-
-
-def test_a_sweeper_gets_what_the_jobs_returned(app):
-    plugin = app / "hydra_plugins/telling"
-    plugin.mkdir(parents=True)
-    (plugin / "__init__.py").touch()
-    (plugin / "sweeper.py").write_text(
-        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n"
-        "class TellingSweeper(BasicSweeper):\n"
-        "    def sweep(self, arguments):\n"
-        "        print('returned', [r.return_value for batch in super().sweep(arguments) for r in batch])\n"
-    )
-    done = sweep(app, "x=1,6,1", "hydra.sweeper._target_=hydra_plugins.telling.sweeper.TellingSweeper",
-                 PYTHONPATH=f"{ROOT}{os.pathsep}{app}")  # fmt: skip
-    assert "returned [0.25, 1.5, 0.25]" in done.stdout, done.stderr
-    assert len(records(app)) == 2
+    def write(self, text):
+        raise self.error
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "message"),
+    "stream",
     [
-        ("if __name__", ["x=1"], "call its Hydra main under if __name__"),
-        ("", ["x=1", "hydra.launcher.devices=[9]"], "give auto, cpu, or a list"),
-        ("", ["x=1", "hydra.launcher.jobs_per_device=0"], "jobs_per_device=0: must be at least 1"),
+        Broken(BrokenPipeError()),
+        Broken(OSError(errno.EIO, "the terminal is gone")),
+        Broken(OSError(errno.ENOSPC, "the disk is full")),
+        Broken(ValueError("I/O operation on closed file")),
+        None,
     ],
 )
-def test_mistakes(app, text, arguments, message):
-    if text:
-        (app / "app.py").write_text(APP.replace('if __name__ == "__main__":', "if True:"))
-    done = sweep(app, *arguments, CUDA_VISIBLE_DEVICES="")
-    said = done.stdout + done.stderr + "".join(path.read_text() for path in app.glob("sweep/.jobs/*.log"))
-    assert done.returncode == 1 and message in said and "Traceback" not in done.stderr
+def test_no_stream_ends_a_sweep(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    job, slots = made("a", "finished"), Slots([CPU], 1)
+    show = _launch._shower([job], slots)
+    show(None), show(job), show(None, over=True)
+    _launch.say("the table")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_launcher_leaves_no_job_behind(app, how):
-    launcher = subprocess.Popen(
-        command("x=1,2,3", "seconds=100", "hydra.launcher.devices=cpu", "hydra.launcher.jobs_per_device=2"),
-        cwd=app, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    pids = [
-        int(wait_for(lambda i=i: (app / f"started{i}").exists() and (app / f"started{i}").read_text())) for i in (0, 1)
+def test_what_a_stream_cannot_spell_is_replaced():
+    stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    _launch.say("x=ü…", stream)
+    assert stream.buffer.getvalue() == "x=ü?\n".encode("latin-1")
+
+
+def test_a_stream_that_broke_stays_quiet(tmp_path):
+    """Python too flushes it once more at its end, and would end with code 120."""
+    with open("/dev/full", "w") as full:
+        _launch.say("a", full)
+        _launch.say("b", full)
+
+
+def test_gpus_in_use_are_told_once(capsys):
+    slots = Slots([CPU], 1)
+    show = _launch._shower([made("a", "waiting")], slots)
+    slots._refused[Device("GPU 0", "0")] = 0.0, "another sweep runs there"
+    show(None), show(None)
+    assert capsys.readouterr().out.count("not used now: GPU 0: another sweep runs there") == 1
+    waits = made("a", "waiting", reason="another sweep runs it")
+    assert event_line(waits) == "a: waits, another sweep runs it"
+    assert live_lines([waits], 80, 24, 1.0, "GPU 0: busy")[1:] == [
+        "a    waiting  another sweep runs it",
+        "1 runs: 1 waiting; 0 s; GPU 0: busy",
     ]
-    launcher.send_signal(how)
-    out, err = launcher.communicate(timeout=30)
-    wait_for(lambda: not any(map(alive, pids)), 10)
-    assert (app / "left0").exists() and (app / "left1").exists()  # the jobs could tidy up
-    if how == signal.SIGKILL:
-        assert "the launcher is gone" in next(app.glob("sweep/.jobs/x=1-*.log")).read_text()
-        return
-    assert launcher.returncode == 128 + how, err
-    assert "3 runs: 2 interrupted, 1 not started" in out and "the same command runs what is left" in err
-    assert "Traceback" not in out + err
 
 
-def test_what_does_not_listen_is_killed(app):
-    deaf = APP.replace("        time.sleep(cfg.seconds)", "        deaf(cfg.seconds)").replace(
-        "def main", "def deaf(seconds):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    Path('deaf').touch()\n    time.sleep(seconds)\n\ndef main")  # fmt: skip
-    (app / "app.py").write_text(deaf)
-    launcher = subprocess.Popen(
-        command("x=1", "seconds=100", "hydra.launcher.grace_s=0.2"), cwd=app, env=environment(CUDA_VISIBLE_DEVICES=""),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for((app / "deaf").exists)
-    launcher.terminate()
-    out, _ = launcher.communicate(timeout=10)
-    assert launcher.returncode == 143 and "1 interrupted" in out and not alive(int((app / "started0").read_text()))
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_are_refused(size):
+    own = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "max_batch_size": size}
+    with pytest.raises(CompactHydraException, match=f"max_batch_size={size}: a failure in one batch"):
+        _launch._refuse_batches(own)
+    for other in ({**own, "max_batch_size": None}, {**own, "_target_": "hydra_plugins.x.OptunaSweeper"}):
+        _launch._refuse_batches(other)
 
 
-def test_table_on_a_terminal(app):
-    import pty
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([["experiment=norms"], ["experiment=gems"]], "experiment=norms: there is a sweep of its own"),
+        ([["seed=1", "experiment=none"], ["seed=1", "experiment=demo"]], "demo: there is a sweep of its own"),
+        ([["hydra/launcher=gpus"], ["hydra/launcher=gpus_shared"]], "there is a launcher of its own"),
+        ([["experiment=norms", "norm=bn"], ["experiment=norms", "norm=agc"]], None),
+        ([["data=streets", "lr.base=1"], ["data=camvid", "lr.base=1"]], None),
+    ],
+)
+def test_files_with_sweeps_of_their_own_are_not_swept_over(jobs, message):
+    import agcseg.cli.train  # noqa: F401 - its schema
 
-    until_seen = APP.replace("time.sleep(cfg.seconds)", "while not Path('seen').exists(): time.sleep(0.05)")
-    (app / "app.py").write_text(until_seen)
-    master, slave = pty.openpty()
-    launcher = subprocess.Popen(
-        command("x=1,2", "what=ok,raise", "hydra.launcher.jobs_per_device=2"), cwd=app,
-        env=environment(TERM="xterm", CUDA_VISIBLE_DEVICES=""), stdout=slave, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    os.close(slave)
-    seen = b""
-    try:
-        while part := os.read(master, 65536):
-            seen += part
-            if b"epoch 1/2" in seen and b"waiting" in seen:
-                (app / "seen").touch()
-    except OSError:  # Linux's end of file on a terminal
-        pass
-    assert launcher.wait() == 1
-    text = seen.decode()
-    assert "\033[J" in text
-    last = text[text.rindex("\033[J") :]
-    assert last.count("x=1 what=ok") == 1 and "4 runs: 2 failed, 2 finished" in last  # the live table is gone
-
-
-# --- real runs
-
-
-def rows(folder):
-    with open(folder / "metrics.csv") as file:
-        return [
-            {key: value for key, value in row.items() if key not in ("images_per_second", "seconds", "peak_memory_mib")}
-            for row in csv.DictReader(file)
-        ]
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_with_the_same_command(streets, tmp_path):
-    """One run is killed, then the launcher; the same command ends all six runs, as if nothing had happened."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def agcseg_train(name, *more):
-        return [
-            sys.executable, "-m", "agcseg.cli.train", "-m", "experiment=demo", f"name={name}", f"data.root={streets}",
-            "data.size=[32,64]", f"data.cache_dir={tmp_path}/cache", "network.width=0.05", "epochs=6", "device=cpu",
-            "minibatch=1,2,4", *more,
-        ]  # fmt: skip
-
-    def running(but=()):
-        """Status files of runs in training: past their first epoch, not at their end."""
-        told = {path: path.read_text() for path in folder.glob(".jobs/*.json")}
-        return [path for path, text in told.items() if '"running"' in text and path not in but]
-
-    folder, threads = tmp_path / "outputs/killed", environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    straight = subprocess.run(agcseg_train("straight", "hydra/launcher=basic"), cwd=tmp_path, env=threads)
-    assert straight.returncode == 0
-    killed = agcseg_train("killed", "hydra.launcher.jobs_per_device=2")
-    with open(tmp_path / "first.log", "w") as log:
-        launcher = subprocess.Popen(killed, cwd=tmp_path, env=threads, stdout=log, stderr=log)
-    victim = wait_for(running)[0]
-    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"RUN_STATUS_FILE={victim}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
-    wait_for(lambda: "failed after" in (tmp_path / "first.log").read_text())
-    wait_for(lambda: running(but=[victim]))
-    launcher.kill()
-    launcher.wait()
-    broken = {path.parent.name for path in folder.glob("*/last.pt")} - {
-        path.parent.name for path in folder.glob("*/result.json")
-    }
-    assert "killed by SIGKILL" in (tmp_path / "first.log").read_text() and len(broken) >= 2
-    again = subprocess.run(killed, cwd=tmp_path, env=threads, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout + again.stderr
-
-    runs = sorted(path.parent.name for path in folder.glob("*/result.json"))
-    assert len(runs) == 6
-    for run in runs:
-        ended, reference = folder / run, tmp_path / "outputs/straight" / run
-        assert json.loads((ended / "result.json").read_text())["state"] == "finished"
-        assert [row["epoch"] for row in rows(ended)] == list("123456")
-        assert rows(ended) == rows(reference)
-        for part, tag in (("", "curves/val_loss"), ("samples", "curves_by_samples/val_loss")):
-            events = EventAccumulator(str(ended / part), size_guidance={"scalars": 0})
-            events.Reload()
-            steps = [event.step for event in events.Scalars(tag)]
-            assert steps == sorted(set(steps))
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        common = [override for override in jobs[0] if override in jobs[1]]
+        of_all = loader.load_configuration("train", common, RunMode.MULTIRUN)
+        launcher = SimpleNamespace(config=of_all, hydra_context=SimpleNamespace(config_loader=loader))
+        with pytest.raises(CompactHydraException, match=message) if message else contextlib.nullcontext():
+            _launch._refuse_lost_sweeps(launcher, jobs)

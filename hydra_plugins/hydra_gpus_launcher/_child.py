@@ -3,6 +3,7 @@
 That pipe stays open as long as the launcher lives.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -21,6 +22,10 @@ LOADING = "HYDRA_GPUS_LAUNCHER_LOADS_MAIN"  # set while the main module is impor
 
 def main() -> int:
     signal.signal(signal.SIGTERM, _terminated)
+    for descriptor in os.environ["HYDRA_GPUS_LAUNCHER_HOLDS"].split(","):
+        os.set_inheritable(int(descriptor), False)  # locks: this job's, not those of what it starts
+    if sys.platform == "linux":  # should the launcher die while it has stopped this job: go on, and notice
+        ctypes.CDLL(None).prctl(1, signal.SIGCONT, 0, 0, 0)
     pipe = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     start, job = pickle.load(pipe)
@@ -57,10 +62,23 @@ def _run(task: tuple[str, str, int], job: bytes):
     function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     for _ in range(depth):
         function = function.__wrapped__
+    _check_gpu()
     context, config, instances = pickle.loads(job)
     # Resolvers cannot be sent; importing the modules has registered them.
     Singleton.set_state({"instances": instances, "omegaconf_resolvers": BaseContainer._resolvers})
     return run_job(function, config, "hydra.sweep.dir", "hydra.sweep.subdir", context).return_value
+
+
+def _check_gpu() -> None:
+    """A program that computes with torch and was given a GPU must not fall back on the CPU."""
+    given, torch = os.environ["CUDA_VISIBLE_DEVICES"], sys.modules.get("torch")
+    if given and torch and not torch.cuda.is_available():
+        from hydra.errors import CompactHydraException
+
+        raise CompactHydraException(
+            f"this job was given a GPU (CUDA_VISIBLE_DEVICES={given}), and torch finds none; look at nvidia-smi and at "
+            "torch.cuda.is_available(), or let the jobs share the CPU: hydra.launcher.devices=cpu"
+        )
 
 
 def _load_main(name: str | None, path: str | None) -> None:

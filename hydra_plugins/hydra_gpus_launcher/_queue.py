@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ._devices import Device, job_environment
+from ._slots import Slots, try_lock
 
 CHILD = str(Path(__file__).with_name("_child.py"))
+HOLDS = "HYDRA_GPUS_LAUNCHER_HOLDS"  # descriptors of the locks that a job holds
+ELSEWHERE = "another sweep runs it"
 
 
 @dataclass(eq=False)
 class Job:
     label: str
-    log: Path
-    status_file: Path
-    message: Callable[[], bytes]  # what the child reads; made when the job starts
+    file_name: str  # of its files in .jobs
+    prepare: Callable[[], tuple[bytes, Path]]  # what the child reads, and the folder of .jobs
     state: str = "waiting"
     reason: str = ""
     status: dict = field(default_factory=dict)  # as read last from the status file
@@ -30,41 +32,45 @@ class Job:
     device: Device | None = None
     started: float | None = None
     ended: float | None = None
+    message: bytes | None = None
+    log: Path | None = None
+    again: float = 0.0  # not to be tried before, on the monotonic clock
     process: subprocess.Popen | None = None
     log_start: int = 0
 
+    @property
+    def status_file(self) -> Path:
+        return self.log.with_suffix(".json")
 
-def run_queue(jobs: list[Job], slots: list[Device], grace_s: float, show: Callable[[Job | None], None]) -> int | None:
-    """Run all jobs, each on one of `slots`, at most one per slot at a time.
+
+def run_queue(jobs: list[Job], slots: Slots, grace_s: float, show: Callable[[Job | None], None]) -> int | None:
+    """Run all jobs, each where there is a free slot.
 
     Args:
-        slots: a device occurs once for each job that it may run at a time.
-        show: called with each job that has started or ended, and often with None.
+        show: called with each job that has started, has ended or has to wait for another sweep, and often with None.
 
     Returns:
         the number of the signal that stopped the queue, or None.
     """
     received: list[int] = []
+    pauses: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    waiting, running, free, deadline = list(jobs), [], list(slots), None
+        for number, numbers in ((signal.SIGINT, received), (signal.SIGTERM, received), (signal.SIGTSTP, pauses)):
+            handlers[number] = signal.signal(number, lambda number, frame, numbers=numbers: numbers.append(number))
+    waiting, running, deadline = list(jobs), [], None
     try:
         while running or (waiting and not received):
-            while waiting and free and not received:
-                job = waiting.pop(0)
-                used = [other.device for other in running]
-                device = min(free, key=used.count)
-                if _start(job, device, len(slots)):
-                    free.remove(device)
-                    running.append(job)
-                show(job)
+            if pauses:
+                _pause(running)
+                pauses.clear()
+            if waiting and not received:
+                _start_some(waiting, running, slots, show)
             for job in running[:]:
                 _read_status(job)
                 if _ended(job, bool(received)):
                     running.remove(job)
-                    free.append(job.device)
+                    slots.give_back(job.device)
                     show(job)
             if received and deadline is None:
                 deadline = time.monotonic() + grace_s
@@ -72,25 +78,67 @@ def run_queue(jobs: list[Job], slots: list[Device], grace_s: float, show: Callab
                     job.process.terminate()
             elif received and (time.monotonic() > deadline or len(received) > 1):
                 for job in running:
-                    _kill_group(job)
+                    _signal_group(job, signal.SIGKILL)
             show(None)
             time.sleep(0.1)
     finally:
         for job in running:
-            _kill_group(job)
+            _signal_group(job, signal.SIGKILL)
             job.process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return received[0] if received else None
 
 
-def _start(job: Job, device: Device, slots: int) -> bool:
-    job.device, job.started, job.state = device, time.time(), "running"
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    job.status_file.unlink(missing_ok=True)
-    environment = job_environment(device, slots, job.status_file.absolute(), os.environ)
+def _pause(running: list[Job]) -> None:
+    """Ctrl-Z: stop the jobs and this process, until the shell's fg or bg."""
+    for job in running:
+        _signal_group(job, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for job in running:
+        _signal_group(job, signal.SIGCONT)
+
+
+def _start_some(waiting: list[Job], running: list[Job], slots: Slots, show) -> None:
+    """Start as many jobs as there are free slots, in order, without those that another sweep is running."""
+    now = time.monotonic()
+    for job in [job for job in waiting if now >= job.again]:
+        if (device := slots.take()) is None:
+            return
+        try:
+            lock = _claim(job)
+            if lock is None:
+                slots.give_back(device)
+                job.again = now + 1.0
+                if not job.reason:
+                    job.reason = ELSEWHERE
+                    show(job)
+                continue
+            _start(job, device, slots, lock)
+            running.append(job)
+        except Exception as error:
+            slots.give_back(device)
+            job.state, job.reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())
+            job.started = job.ended = time.time()
+        waiting.remove(job)
+        show(job)
+
+
+def _claim(job: Job) -> int | None:
+    """Lock the job's log file, so that no other launch of the same sweep writes its files."""
+    if job.message is None:
+        job.message, folder = job.prepare()
+        folder.mkdir(parents=True, exist_ok=True)
+        job.log = folder / f"{job.file_name}.log"
+    return try_lock(job.log)
+
+
+def _start(job: Job, device: Device, slots: Slots, lock: int) -> None:
     try:
-        message = job.message()
+        job.status_file.unlink(missing_ok=True)
+        holds = [lock, *slots.lock(device)]
+        environment = job_environment(device, slots.number, job.status_file.absolute(), os.environ)
+        environment |= {"PYTHONUNBUFFERED": "1", HOLDS: ",".join(map(str, holds))}
         with open(job.log, "ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {job.label} on {device.name}\n".encode())
             log.flush()
@@ -100,23 +148,23 @@ def _start(job: Job, device: Device, slots: int) -> bool:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
+                env=environment,
+                pass_fds=holds,
                 start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone
             )
-    except Exception as error:
-        job.state, job.ended, job.reason = "failed", time.time(), " ".join(f"{type(error).__name__}: {error}".split())
-        return False
+    finally:
+        os.close(lock)
+    job.device, job.started, job.state, job.reason = device, time.time(), "running", ""
     with contextlib.suppress(BrokenPipeError):  # a child that has died already: its exit code will tell
-        job.process.stdin.write(message)
+        job.process.stdin.write(job.message)
         job.process.stdin.flush()
-    return True
 
 
 def _ended(job: Job, stopping: bool) -> bool:
     """Whether the job has ended; if so, how."""
     if os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return False
-    _kill_group(job)  # what it has left behind: data loaders keep memory of the GPU
+    _signal_group(job, signal.SIGKILL)  # what it has left behind: data loaders keep memory of the GPU
     code = job.process.wait()
     with contextlib.suppress(BrokenPipeError):
         job.process.stdin.close()
@@ -138,9 +186,9 @@ def _ended(job: Job, stopping: bool) -> bool:
     return True
 
 
-def _kill_group(job: Job) -> None:
+def _signal_group(job: Job, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(job.process.pid, signal.SIGKILL)
+        os.killpg(job.process.pid, number)
 
 
 def _read_status(job: Job) -> None:
@@ -155,7 +203,10 @@ def _read_status(job: Job) -> None:
 
 
 def _last_line(job: Job) -> str:
-    with open(job.log, "rb") as log:
-        log.seek(max(job.log_start, log.seek(0, os.SEEK_END) - 4096))
-        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    try:
+        with open(job.log, "rb") as log:
+            log.seek(max(job.log_start, log.seek(0, os.SEEK_END) - 4096))
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"its output cannot be read ({error.strerror})"
     return lines[-1].strip() if lines else "it wrote nothing"

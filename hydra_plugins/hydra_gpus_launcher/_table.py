@@ -8,8 +8,8 @@ OPEN = ("running", "waiting")
 HEAD = ("run", "state", "device", "progress", "error", "left")
 
 
-def live_lines(jobs: list[Job], width: int, height: int, now: float) -> list[str]:
-    """The jobs as at most `height` - 1 lines of fewer than `width` characters.
+def live_lines(jobs: list[Job], width: int, height: int, now: float, note: str = "") -> list[str]:
+    """The jobs as at most `height` - 1 lines of fewer than `width` characters, the totals and a note last.
 
     If they do not fit, jobs that ended well are folded into the line of totals, then those that wait.
     """
@@ -22,7 +22,7 @@ def live_lines(jobs: list[Job], width: int, height: int, now: float) -> list[str
     for i, job in enumerate(shown, 1):
         if job.state == "failed":
             lines[i] = _cut(f"{lines[i]}  {clean(job.reason)}", width - 1)
-    lines.append(_cut(_totals(jobs, len(jobs) - len(shown), now), width - 1))
+    lines.append(_cut(_totals(jobs, len(jobs) - len(shown), now) + (f"; {note}" if note else ""), width - 1))
     return lines[-max(1, height - 1) :]
 
 
@@ -30,9 +30,11 @@ def event_line(job: Job) -> str:
     """One line for a job that has started or ended."""
     if job.state == "running":
         return f"{job.label}: started on {job.device.name}"
+    if job.state == "waiting":
+        return f"{job.label}: waits, {job.reason}"
     took = f" after {duration(job.ended - job.started)}" if job.ended else ""
     reason = f": {clean(job.reason)}" if job.reason else ""
-    where = f" (output in {job.log})" if job.state == "failed" else ""
+    where = f" (output in {job.log})" if job.state == "failed" and job.log else ""
     return f"{job.label}: {clean(job.state)}{took}{_error(job, ', error ')}{reason}{where}"
 
 
@@ -42,7 +44,7 @@ def final_lines(jobs: list[Job], now: float) -> list[str]:
     for job in jobs:
         took = duration(job.ended - job.started) if job.ended else ""
         state = "not started" if job.state == "waiting" else clean(job.state)
-        where = f" ({job.log})" if job.state == "failed" else ""
+        where = f" ({job.log})" if job.state == "failed" and job.log else ""
         rows.append((job.label, state, took, _error(job), clean(job.reason) + where))
     return [*_aligned(rows), _totals(jobs, 0, now)]
 
@@ -69,7 +71,7 @@ def labels(overrides: list[list[str]]) -> list[str]:
 def _live_cells(job: Job, now: float) -> tuple[str, ...]:
     device = job.device.name if job.device else ""
     if job.state in ("waiting", "failed"):
-        return (job.label, job.state, device, "", "", "")
+        return (job.label, job.state, device, job.reason if job.state == "waiting" else "", "", "")
     progress = job.status.get("progress") or ("starting" if job.state == "running" else "")
     return (job.label, clean(job.state), device, clean(progress), _error(job), _left(job, now))
 

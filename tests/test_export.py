@@ -90,6 +90,45 @@ def test_other_norms_stay(options):
     assert torch.equal(outputs(made, images)[0], outputs(inference_form(made), images)[0])
 
 
+class Activated(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a subclass with a forward of its own."""
+
+    def forward(self, input):
+        return F.silu(super().forward(input))
+
+
+PARTS = {
+    "subclass": lambda unit: setattr(unit, "norm", Activated(4)),
+    "hook of the convolution": lambda unit: unit.conv.register_forward_hook(lambda module, inputs, maps: 2 * maps),
+    "hook of the norm": lambda unit: unit.norm.register_forward_hook(lambda module, inputs, maps: maps - 1),
+    "bias": lambda unit: setattr(unit, "conv", nn.Conv2d(3, 4, 3, padding=1)),
+    "padding mode": lambda unit: setattr(unit, "conv", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")),
+    "stride": lambda unit: setattr(unit.conv, "stride", (2, 2)),
+}
+
+
+@pytest.mark.parametrize("change", PARTS)
+@pytest.mark.parametrize("norm", [agcseg.AGC2d, nn.BatchNorm2d])
+def test_inference_form_obeys_parts_and_hooks(norm, change):
+    unit = agcseg.ConvUnit(3, 4, norm=norm, implementation="literal")
+    PARTS[change](unit)
+    nn.init.normal_(unit.norm.bias)
+    unit.eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(inference_form(unit)(x), unit(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_inference_form_traced_with_one_image_serves_several():
+    unit = agcseg.ConvUnit(3, 4)
+    nn.init.normal_(unit.norm.mean_scale)
+    folded, x = inference_form(unit), 1 + torch.randn(3, 3, 8, 8)
+    program = torch.export.export(folded, (x[:1],), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    traced = torch.jit.trace(folded, x[:1])
+    torch.testing.assert_close(traced(x), unit(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(program(x[:1]), unit(x[:1]), rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def torch_program():
     """SegNet: one side of a single multiple of 32, which stays fixed, the other free."""

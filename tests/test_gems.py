@@ -1,6 +1,7 @@
 """GEMS against gradients normalised by hand, in float64."""
 
 import copy
+import io
 import math
 
 import pytest
@@ -337,3 +338,18 @@ def test_mistakes(norm, options, message):
     with pytest.raises(UserError) as error:
         GEMS(agcseg.build("segnet", norm=norm, width=0.05), **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_copies_count_for_themselves_and_files_hold_the_network(mode):
+    unit, x = make()
+    gems = GEMS(unit, mode)
+    copied, file = copy.deepcopy(unit), io.BytesIO()
+    torch.save(unit, file)
+    file.seek(0)
+    for other in (copied, torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), unit.eval()(x))
+        other.train()(x).sum().backward()
+        assert gems.points[""] == 0 and not gems.factors
+    unit.train()(x)
+    assert gems.points[""] > 0

@@ -1,5 +1,7 @@
 """Layer-wise noise: its moments, where it acts, and that nothing else changes."""
 
+import copy
+import io
 import math
 
 import pytest
@@ -77,3 +79,13 @@ def test_fast_units_become_literal():
     torch.testing.assert_close(network.eval()(images), expected)
     noisy_logits.sum().backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_a_noisy_network_can_be_copied_and_saved_whole():
+    unit, x = ConvUnit(3, 4), torch.randn(2, 3, 6, 6)
+    add_noise(unit, 0.5, 0.3, seed=0)
+    file = io.BytesIO()
+    torch.save(unit, file)
+    file.seek(0)
+    copied, loaded, expected = copy.deepcopy(unit), torch.load(file, weights_only=False), unit(x)
+    assert torch.equal(copied(x), expected) and torch.equal(loaded(x), expected)  # each draws for itself

@@ -56,10 +56,14 @@ class ConvUnit(nn.Module):
     @property
     def is_fast(self) -> bool:
         """Whether the fast form computes what calls of `conv` and `norm` would."""
+        return self.implementation == "fast" and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the unit is AGC behind a convolution as it was made: nothing exchanged, wrapped or hooked."""
         conv, norm = self.conv, self.norm
         return (
-            self.implementation == "fast"
-            and type(norm) is AGC2d  # a subclass may mean something else
+            type(norm) is AGC2d  # a subclass may mean something else
             and type(conv) is nn.Conv2d
             and conv.bias is None
             and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")

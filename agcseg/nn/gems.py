@@ -122,42 +122,49 @@ class GEMS:
         self.points[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
 
     def _hook(self, name: str, unit: ConvUnit) -> None:
-        scale: dict[str, Tensor] = {}  # of the forward in progress, until its backward
-
-        def count(gate: Tensor, dtype: torch.dtype) -> None:
-            each = gate.flatten(2).sum(2)  # (N, C)
-            positions = gate.shape[2:].numel()
-            counted = (each > 0).sum(0) if self.mode == "sample" else each.sum(0)
-            self.active[name] += counted
-            self.points[name] += len(gate) * (1 if self.mode == "sample" else positions)
-            if self.mode == "map":
-                factor = scale["of maps"] = self._factor(each, positions).to(dtype)[:, :, None, None]
-                self.factors[name] = factor.mean((0, 2, 3))
-
-        def returning(error: Tensor) -> Tensor | None:
-            if self.gate == "grad":
-                count(error != 0, error.dtype)
-            return error * scale["of maps"] if self.mode == "map" else None
-
-        def passing(norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
-            if not (norm.training and maps.requires_grad):
-                return maps
-            if self.gate == "relu":
-                threshold = norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0
-                count(maps.detach() > threshold, maps.dtype)
-            if self.gate == "grad" or self.mode == "map":
-                maps = maps.clone()  # the ReLU works in place, and on a view (instance norm's) that loses the hook
-                maps.register_hook(returning)
-            return maps
-
-        def rewire(conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
-            if not (conv.training and torch.is_grad_enabled()):
-                return maps
-            return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, scale)
-
-        unit.norm.register_forward_hook(passing)
+        counter = _Counter(self, name)
+        unit.norm.register_forward_hook(counter.passing)
         if self.mode == "map":
-            unit.conv.register_forward_hook(rewire)
+            unit.conv.register_forward_hook(counter.rewire)
+
+
+class _Counter:
+    """One unit's hooks. No closures: a copy of the network, or a file of it, has counts of its own."""
+
+    def __init__(self, gems: GEMS, name: str) -> None:
+        self.gems, self.name = gems, name
+        self.scale: dict[str, Tensor] = {}  # of the forward in progress, until its backward
+
+    def count(self, gate: Tensor, dtype: torch.dtype) -> None:
+        gems, each = self.gems, gate.flatten(2).sum(2)  # (N, C)
+        positions = gate.shape[2:].numel()
+        counted = (each > 0).sum(0) if gems.mode == "sample" else each.sum(0)
+        gems.active[self.name] += counted
+        gems.points[self.name] += len(gate) * (1 if gems.mode == "sample" else positions)
+        if gems.mode == "map":
+            factor = self.scale["of maps"] = gems._factor(each, positions).to(dtype)[:, :, None, None]
+            gems.factors[self.name] = factor.mean((0, 2, 3))
+
+    def returning(self, error: Tensor) -> Tensor | None:
+        if self.gems.gate == "grad":
+            self.count(error != 0, error.dtype)
+        return error * self.scale["of maps"] if self.gems.mode == "map" else None
+
+    def passing(self, norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
+        if not (norm.training and maps.requires_grad):
+            return maps
+        if self.gems.gate == "relu":
+            threshold = norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0
+            self.count(maps.detach() > threshold, maps.dtype)
+        if self.gems.gate == "grad" or self.gems.mode == "map":
+            maps = maps.clone()  # on a view (instance norm's) the hook may be lost
+            maps.register_hook(self.returning)
+        return maps
+
+    def rewire(self, conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
+        if not (conv.training and torch.is_grad_enabled()):
+            return maps
+        return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, self.scale)
 
 
 class _Convolution(torch.autograd.Function):

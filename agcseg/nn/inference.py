@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from agcseg.nn.agc import AGC2d, _statistics_dtype
+from agcseg.nn.agc import AGC2d, _statistics_dtype, runs_eagerly
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.pairs import has_hooks
 
 
 def inference_form(network: nn.Module) -> nn.Module:
     """A copy of a network for inference, with the outputs of `network.eval()` up to rounding.
 
     In every `ConvUnit`, AGC becomes part of the convolution (see above) and BatchNorm2d vanishes into it. Units with
-    another norm, AGC with another background than the map's mean among them, or with a kernel larger than 3x3, stay as
-    they are, and so does whatever is no `ConvUnit`.
+    another norm, AGC with another background than the map's mean among them, with a kernel larger than 3x3, or whose
+    convolution or norm was exchanged, wrapped or has hooks, stay as they are, and so does whatever is no `ConvUnit`.
 
     Args:
         network: of any kind; it stays as it is.
@@ -39,14 +40,19 @@ def inference_form(network: nn.Module) -> nn.Module:
     for unit in network.modules():
         if not isinstance(unit, ConvUnit):
             continue
-        if type(unit.norm) is AGC2d and unit.conv.kernel_size[0] <= 3:  # a subclass of AGC2d may mean something else
+        if unit.is_plain and unit.conv.kernel_size[0] <= 3:
             unit.conv = AGCConv2d(unit.conv, unit.norm)
-        elif isinstance(unit.norm, nn.BatchNorm2d) and unit.norm.track_running_stats:
+        elif _is_constant(unit.norm) and type(unit.conv) is nn.Conv2d and not has_hooks(unit.conv):
             unit.conv = fuse_conv_bn_eval(unit.conv, unit.norm)
         else:
             continue
         unit.norm = nn.Identity()
     return network.requires_grad_(False)
+
+
+def _is_constant(norm: nn.Module) -> bool:
+    """Whether a norm is a scale and a shift and nothing else: subclasses bring an activation, say."""
+    return type(norm) is nn.BatchNorm2d and norm.track_running_stats and not has_hooks(norm)
 
 
 class AGCConv2d(nn.Module):
@@ -71,7 +77,7 @@ class AGCConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         padding = self.weight.shape[2] // 2
         level = (self.bias - self.mean_scale * mean_of_conv(input, self.weight)).to(input.dtype)
-        if input.shape[0] == 1:  # a bias of the whole minibatch: the convolution adds it on its way
+        if runs_eagerly() and input.shape[0] == 1:  # a bias of the whole minibatch: the convolution adds it on its way
             return F.conv2d(input, self.weight, level[0], padding=padding)
         return F.conv2d(input, self.weight, padding=padding).add_(level[:, :, None, None])
 

@@ -4,6 +4,8 @@ Deep Control (sections 1 and 4) suggests noise in deep layers, independent of mi
 that batch normalisation's statistics bring. It gives no formula; this one is ours.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -43,11 +45,12 @@ def add_noise(network: nn.Module, gain: float, shift: float, seed: int) -> torch
     """
     generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
 
-    def hook(module: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
-        return noisy(maps, gain, shift, generator) if module.training else maps
-
     for unit in network.modules():
         if isinstance(unit, ConvUnit):
             unit.implementation = "literal"
-            unit.norm.register_forward_hook(hook)
+            unit.norm.register_forward_hook(partial(_in_training, gain=gain, shift=shift, generator=generator))
     return generator
+
+
+def _in_training(module: nn.Module, inputs: tuple, maps: Tensor, **options) -> Tensor:
+    return noisy(maps, **options) if module.training else maps

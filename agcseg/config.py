@@ -1,5 +1,6 @@
 """The configuration of a training run: typed, with the paper's values as defaults. Nothing here needs Hydra."""
 
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -10,7 +11,8 @@ from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS, NAMES
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
-from agcseg.networks import NETWORKS, build
+from agcseg.networks import build, kind
+from agcseg.networks.foreign import Foreign
 from agcseg.nn import GEMS, IMPLEMENTATIONS, INITS, NORMS
 
 # ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
@@ -20,8 +22,10 @@ from agcseg.nn import GEMS, IMPLEMENTATIONS, INITS, NORMS
 class NetworkConfig:
     name: str = "segnet"
     width: float = 1.0
-    init: str = "he"
+    init: Optional[str] = "he"
     implementation: str = "fast"
+    factory: Optional[str] = None
+    classes_argument: str = "num_classes"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,6 +158,22 @@ def _matched(config: Config) -> float:
     return config.minibatch / config.momentum_match if config.momentum_match else 1.0
 
 
+def build_network(config: Config, num_classes: int = 19, **changes: Any) -> nn.Module:
+    """The network that a run trains, see `agcseg.build`; `changes` replace arguments of that."""
+    network = config.network
+    arguments = {
+        "norm": config.norm.name,
+        "norm_options": config.norm.options,
+        "width": network.width,
+        "init": network.init,
+        "implementation": network.implementation,
+        "factory": network.factory,
+        "classes_argument": network.classes_argument,
+        "size": tuple(config.data.size),
+    }
+    return build(network.name, num_classes=num_classes, **{**arguments, **changes}, **network.options)
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before any data is touched.
 
@@ -169,8 +189,9 @@ def check(config: Config) -> None:
     def one_of(key: str, value: str, known) -> None:
         expect(value in known, f"{key}={value}: choose from {', '.join(known)}")
 
-    one_of("network", config.network.name, NETWORKS)
-    one_of("network.init", config.network.init, INITS)
+    foreign = kind(config.network.name) is Foreign
+    if config.network.init is not None or not foreign:
+        one_of("network.init", config.network.init, INITS)
     one_of("network.implementation", config.network.implementation, IMPLEMENTATIONS)
     one_of("norm", config.norm.name, NORMS)
     one_of("data", data.name, NAMES)
@@ -200,6 +221,7 @@ def check(config: Config) -> None:
     expect(0 <= shift < float("inf"), f"noise.shift={shift}: must be finite and not negative")
     noisy = config.noise.gain or shift
     expect(not (config.compile and (noisy or config.gems.mode)), "compile=true: not together with noise or gems")
+    expect(not (foreign and (noisy or config.gems.mode)), f"noise and gems: not in {config.network.name}")
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     expect(config.images >= 0, f"images={config.images}: must not be negative")
@@ -207,18 +229,20 @@ def check(config: Config) -> None:
     for key in ("name", "run"):
         value = getattr(config, key) or ""
         expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
-    if config.network.name in NETWORKS:
-        multiple = NETWORKS[config.network.name].multiple
-        expect(
-            len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
-            f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
-        )
+    multiple = kind(config.network.name).multiple
+    expect(
+        len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
+        f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
+    )
     if not problems:  # the network knows its own options; on the meta device it costs no memory
         try:
-            with torch.device("meta"):
-                built = _try_network(config)
-                if config.gems.mode is not None:
-                    GEMS(built, **asdict(config.gems))
+            if foreign:
+                _try_foreign(config)
+            else:
+                with torch.device("meta"):
+                    built = _try_network(config)
+                    if config.gems.mode is not None:
+                        GEMS(built, **asdict(config.gems))
         except UserError as error:
             problems.append(str(error))
     available = images_available(data)
@@ -259,14 +283,7 @@ def check(config: Config) -> None:
 def _try_network(config: Config) -> nn.Module:
     """Build the network; at its smallest size also feed it, for some norms refuse the single pixel that may be left."""
     network, norm, size = config.network, config.norm, config.data.size
-    module = build(
-        network.name,
-        norm=norm.name,
-        norm_options=norm.options,
-        width=network.width,
-        implementation="literal",
-        **network.options,
-    )
+    module = build_network(config, implementation="literal")
     if max(size) == module.multiple:
         images = config.minibatch // config.accumulate
         try:
@@ -277,6 +294,31 @@ def _try_network(config: Config) -> nn.Module:
                 f"{images} image(s) at once ({error}); take a larger size, or another norm such as agc"
             ) from None
     return module
+
+
+def _try_foreign(config: Config) -> None:
+    """Build a network of others, on the CPU as its factory may insist on, and feed it a minibatch without computing."""
+    disabled, random = logging.root.manager.disable, torch.get_rng_state()
+    logging.disable(logging.INFO)  # what became of its norms is told once, where it is trained
+    try:
+        module = build_network(config, implementation="literal", pretrained=False)
+    finally:
+        logging.disable(disabled)
+        torch.set_rng_state(random)
+    shape = config.minibatch // config.accumulate, 3, *config.data.size
+    try:
+        with torch.device("meta"):
+            module.to("meta").train()(torch.empty(shape))
+    except ValueError as error:  # a UserError, or of a norm that one value is not enough for
+        shown = f"{shape[0]} image(s) of {shape[2]}x{shape[3]} at once"
+        raise UserError(f"network={config.network.name}, norm={config.norm.name}, {shown}: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        if "meta" in str(error).lower():  # it looks at values, which there are none of
+            return
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"network={config.network.name} cannot be fed images of {shape[2]}x{shape[3]} ({said})"
+        ) from None
 
 
 def images_available(data: DataConfig) -> dict[str, int] | None:

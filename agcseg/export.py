@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def export(trained: Trained, format: str) -> bytes:
                 f"norm.options.window={norm.window:g}: a window that is a share of the map cannot be exported; "
                 "one of a fixed number of positions can"
             )
-    multiple, labels = trained.network.multiple, metadata(trained)
+    multiple, labels = multiple_of(trained), metadata(trained)
     # The exporter takes a dimension of 1 in the example, or two that are equal, for a law.
     free, size = {0: Dim("batch")}, [2 * multiple, 3 * multiple]
     for i, name in enumerate(("rows", "columns")):
@@ -99,8 +100,14 @@ def export(trained: Trained, format: str) -> bytes:
     return model.SerializeToString()
 
 
+def multiple_of(trained: Trained) -> int:
+    """Of which the sides of images are multiples; of a network of others what divides those of training, at most 32."""
+    multiple = trained.network.multiple
+    return math.gcd(32, *trained.config.data.size) if multiple == 1 else multiple
+
+
 def _is_free(trained: Trained, format: str, side: int) -> bool:
-    return format == "onnx" or trained.config.data.size[side] > trained.network.multiple
+    return format == "onnx" or trained.config.data.size[side] > multiple_of(trained)
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def metadata(trained: Trained) -> dict:
         "classes": list(classes.names),
         "colors": [list(color) for color in classes.colors],
         "training_size": list(config.data.size),
-        "multiple": trained.network.multiple,
+        "multiple": multiple_of(trained),
         "network": config.network.name,
         "norm": config.norm.name,
         "width": config.network.width,
@@ -166,7 +173,7 @@ def differences(trained: Trained, content: bytes, format: str) -> list[tuple[tup
         share of pixels with a difference above `TOLERANCE`; of classes and contour the worse.
     """
     run, generator = loaded(content, format), torch.Generator().manual_seed(0)
-    size, multiple = trained.config.data.size, trained.network.multiple
+    size, multiple = trained.config.data.size, multiple_of(trained)
     other = [side + multiple * _is_free(trained, format, i) for i, side in enumerate(size)]
     found = []
     for shape in ((1, 3, *size), (3, 3, *size), (2, 3, *other)):

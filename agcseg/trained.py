@@ -9,12 +9,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agcseg.config import Config
+from agcseg.config import Config, build_network
 from agcseg.data import LAYOUTS
 from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError
-from agcseg.networks import build
 from agcseg.record.checkpoint import load_checkpoint
 
 
@@ -62,18 +61,11 @@ def load(path: str | Path) -> Trained:
             f"{list(MEAN)} and std {list(STD)}"
         )
     try:
-        network = build(
-            config.network.name,
-            norm=config.norm.name,
-            norm_options=config.norm.options,
-            num_classes=len(classes),
-            width=config.network.width,
-            implementation=config.network.implementation,
-            **config.network.options,
-        )
+        network = build_network(config, len(classes), init=None, pretrained=False)
         network.load_state_dict(saved["network"])
     except UserError as error:
-        raise UserError(f"{path}: was written by another version of agcseg ({error})") from None
+        version = "" if config.network.factory else "was written by another version of agcseg: "
+        raise UserError(f"{path}: {version}{error}") from None
     except RuntimeError as error:
         fault = " ".join(str(error).splitlines()[1].split()) if "\n" in str(error) else str(error)
         raise UserError(f"{path}: its weights do not fit its configuration's {config.network.name}: {fault}") from None

@@ -1,6 +1,7 @@
 """The networks and the one door to them."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +10,17 @@ from torch import nn
 
 from agcseg.errors import UserError
 from agcseg.networks.classnet import ClassNet
+from agcseg.networks.foreign import TORCHVISION, WITHOUT_WEIGHTS, Foreign, build_foreign
 from agcseg.networks.segnet import SegNet
-from agcseg.nn import IMPLEMENTATIONS, NORMS, initialise
+from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS, initialise
 
 NETWORKS: dict[str, type[nn.Module]] = {"segnet": SegNet, "classnet": ClassNet}
+log = logging.getLogger("agcseg")
+
+
+def kind(network: str) -> type[nn.Module]:
+    """The class behind a name, which knows `multiple` and `contour` before a network is built."""
+    return NETWORKS.get(network, Foreign)
 
 
 def build(
@@ -21,59 +29,96 @@ def build(
     norm: str | Callable[[int], nn.Module] | None = "agc",
     num_classes: int = 19,
     width: float = 1.0,
-    init: str = "he",
+    init: str | None = None,
     implementation: str = "fast",
     norm_options: dict[str, Any] | None = None,
+    factory: str | Callable[..., nn.Module] | None = None,
+    classes_argument: str = "num_classes",
+    pretrained: bool = True,
+    size: tuple[int, int] = (256, 256),
     **options: Any,
 ) -> nn.Module:
     """Build a segmentation network, initialised from torch's default generator (seed it with `torch.manual_seed`).
 
     Args:
-        network: "segnet" or "classnet".
+        network: "segnet", "classnet", one of torchvision's (`agcseg.networks.foreign.TORCHVISION`), or with `factory`
+            any name.
         norm: one of `agcseg.nn.NORMS`, such as "agc", "bn" or "none", or any callable from a number of channels to a
             module.
         num_classes: number of classes K.
-        width: factor on the layers' widths; 1 is the paper's network.
-        init: "he", "he_centered" or "identity" (see `agcseg.nn.initialise`).
+        width: factor on the layers' widths; 1 is the paper's network. Of SegNet and ClassNet only.
+        init: "he", "he_centered" or "identity" (see `agcseg.nn.initialise`). None is "he" for SegNet and ClassNet, and
+            for others their own.
         implementation: "fast" or "literal": how AGC is computed, with the same values, parameters and state_dict (see
             `agcseg.nn.ConvUnit`); other norms ignore it.
         norm_options: keyword arguments for the norm, such as `{"eps": 1e-3}` for "bn".
-        **options: further keyword arguments of the network, such as `in_channels`, `head_norm` (SegNet) or
-            `contour_width` (ClassNet).
+        factory: a callable that makes a network of somebody else's, or "package.module:function"; the current folder
+            is searched too. See `agcseg.networks.foreign.Foreign` for what it may give.
+        classes_argument: the factory's argument for the number of classes.
+        pretrained: False leaves out options by which a factory would fetch trained weights.
+        size: of images, (height, width), that a network of others is tried on, without computing.
+        **options: further keyword arguments of the network or the factory, such as `in_channels`, `head_norm` (SegNet),
+            `contour_width` (ClassNet) or `weights_backbone` (torchvision).
 
     Returns:
         a module from images (N, 3, H, W) to class logits (N, K, H, W); ClassNet gives a `ClassNetOutput` with them and
-        contour logits.
+        contour logits. What became of the norms of a network of others is logged.
 
     Raises:
         UserError (a ValueError): a name or option is not known, or a number is out of range; it lists what there is.
     """
-    if network not in NETWORKS:
-        raise UserError(f"network={network!r} is not known; choose from {', '.join(NETWORKS)}")
-    if isinstance(norm, str):
-        if norm not in NORMS:
-            raise UserError(f"norm={norm!r} is not known; choose from {', '.join(NORMS)}")
-        name, norm = norm, NORMS[norm]
-    else:
-        name = getattr(norm, "__name__", repr(norm))
+    if network in (*NETWORKS, *TORCHVISION) and factory is not None:
+        raise UserError(f"network={network}: takes no factory; network=custom does")
+    if network not in (*NETWORKS, *TORCHVISION) and factory is None:
+        known = ", ".join((*NETWORKS, *TORCHVISION))
+        raise UserError(
+            f"network={network!r} is not known; choose from {known}, or give network.factory=package.module:function"
+        )
+    if isinstance(norm, str) and norm not in NORMS:
+        raise UserError(f"norm={norm!r} is not known; choose from {', '.join(NORMS)}")
     if num_classes < 1 or width <= 0:
         raise UserError(f"num_classes={num_classes} and width={width} must be positive")
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation={implementation!r} is not known; choose from {', '.join(IMPLEMENTATIONS)}")
+    if init is not None and init not in INITS:
+        raise UserError(f"init={init!r} is not known; choose from {', '.join(INITS)}")
+    make = NORMS[norm] if isinstance(norm, str) else norm
     if norm_options:
-        _check_options(f"norm {name!r}", norm, norm_options, skip={"num_features", "device", "dtype"})
-        for key, value in norm_options.items():
-            default = inspect.signature(norm).parameters[key].default
-            if isinstance(default, int | float) and not isinstance(value, int | float | None):
-                raise UserError(f"norm {name!r}: {key}={value!r} must be like its default, {default!r}")
-        norm = partial(norm, **norm_options)
-    own = {"num_classes", "width", "norm", "implementation"}
-    _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)
-    module = NETWORKS[network](
-        num_classes=num_classes, width=width, norm=norm, implementation=implementation, **options
+        _check_norm_options(
+            norm if isinstance(norm, str) else getattr(norm, "__name__", repr(norm)), make, norm_options
+        )
+    if network in NETWORKS:
+        make = partial(make, **norm_options) if norm_options else make
+        own = {"num_classes", "width", "norm", "implementation"}
+        _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)
+        module = NETWORKS[network](
+            num_classes=num_classes, width=width, norm=make, implementation=implementation, **options
+        )
+        initialise(module, init or "he")
+        return module
+    if width != 1 or init == "identity":
+        what = f"width={width:g}" if width != 1 else f"init={init}"
+        raise UserError(f"{what}: of segnet and classnet only; network={network} takes the options of its factory")
+    if network in TORCHVISION:
+        factory, options = f"torchvision.models.segmentation:{network}", {"weights_backbone": None, **options}
+    if not pretrained:
+        options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
+    fuse = implementation == "fast"
+    module, told = build_foreign(
+        network, factory, classes_argument, num_classes, norm, norm_options or {}, fuse, size, options
     )
-    initialise(module, init)
+    if init:
+        initialise(module, init)
+    log.info(f"  {network}: {told}")
     return module
+
+
+def _check_norm_options(name: str, make: Callable | None, options: dict[str, Any]) -> None:
+    _check_options(f"norm {name!r}", make, options, skip={"num_features", "device", "dtype"})
+    for key, value in options.items():
+        default = inspect.signature(make).parameters[key].default
+        if isinstance(default, int | float) and not isinstance(value, int | float | None):
+            raise UserError(f"norm {name!r}: {key}={value!r} must be like its default, {default!r}")
 
 
 def _check_options(what: str, target: Callable | None, options: dict[str, Any], skip: set[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agcseg.networks.foreign import Foreign
 from agcseg.nn import AGC2d, ConvUnit
 from agcseg.record.files import write, write_csv
 
@@ -67,14 +68,15 @@ def layer_rows(
         gems: with GEMS, the factors of its last step, layer by layer, for a column of their means.
 
     Returns:
-        for each layer its name and role (encoder, lateral, decoder, head), its number of filters, the mean of γ, and of
+        for each layer its name and role (encoder, lateral, decoder, head; in a network of others what its name starts
+        with), its number of filters, the mean of γ, and of
         λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3); then
         the size of its filters and maps, common-mode ratio, share of active points and number of dead filters; of the
         filters that are not dead the mean and deviation of λ and the shares below 0 and above 1. None for what a norm
         does not have.
     """
     units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
-    norms = {_layer(name): module for name, module in network.named_modules() if name.endswith("norm")}
+    norms, signals = _norms(network), {name.removeprefix("network."): of for name, of in signals.items()}
     gammas = {layer: m.weight for layer, m in norms.items() if isinstance(getattr(m, "weight", None), Tensor)}
     scales = {layer: module.mean_scale for layer, module in norms.items() if isinstance(module, AGC2d)}
     gammas, scales, factors = _on_cpu(gammas), _on_cpu(scales), _on_cpu(gems or {}, torch.float64)
@@ -96,7 +98,7 @@ def layer_rows(
                 "lambda_inside": None if scale is None else ((scale >= 0) & (scale <= 2)).float().mean().item(),
                 "kernel_size": unit and unit.conv.kernel_size[0],
                 **{key: signal.get(key) for key in ("height", "width", "common_mode", "active")},
-                "dead": sum(signal["dead"]) if signal else None,
+                "dead": sum(signal["dead"]) if "dead" in signal else None,
                 **{f"alive_{key}": signal.get(key) for key in ALIVE},
             }
         )
@@ -117,8 +119,15 @@ def _on_cpu(vectors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> d
 
 
 def _with_lambda(network: nn.Module) -> dict[str, AGC2d]:
-    norms = {_layer(name): module for name, module in network.named_modules() if isinstance(module, AGC2d)}
+    norms = {layer: module for layer, module in _norms(network).items() if isinstance(module, AGC2d)}
     return {layer: norms[layer] for layer in _in_order(norms, network)}
+
+
+def _norms(network: nn.Module) -> dict[str, nn.Module]:
+    """By the names of their layers; those of a network of others are called as it calls them."""
+    if isinstance(network, Foreign):
+        return {layer: network.network.get_submodule(layer) for layer in network.layers}
+    return {_layer(name): module for name, module in network.named_modules() if name.endswith("norm")}
 
 
 def _layer(norm: str) -> str:
@@ -126,4 +135,6 @@ def _layer(norm: str) -> str:
 
 
 def _in_order(layers: Iterable[str], network: nn.Module) -> list[str]:
+    if isinstance(network, Foreign):
+        return [layer for layer in network.layers if layer in layers]
     return sorted(layers, key=lambda layer: [layer.startswith(part) for part in network.order].index(True))

@@ -61,8 +61,8 @@ def introduction(config: Config, folder, state: State, data, device) -> str:
     lines = [
         f"{folder}",
         f"{config.network.name}, width {config.network.width:g}, norm {config.norm.name}, init "
-        f"{config.network.init}, {sum(p.numel() for p in state.network.parameters()):,} parameters, {config.precision}"
-        f" on {device_name(device)}",
+        f"{config.network.init or 'its own'}, {sum(p.numel() for p in state.network.parameters()):,} parameters, "
+        f"{config.precision} on {device_name(device)}",
         f"{data.layout.title}: {len(data.train)} training and {len(data.val)} validation images of {size[0]}x{size[1]};"
         f" always naming the commonest class errs on {data.constant_error:.1%}",
         f"minibatch {config.minibatch}, rate {rate(config):g}, momentum {momentum(config):g}, seed {config.seed}, "

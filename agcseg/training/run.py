@@ -21,7 +21,7 @@ from agcseg.data.layout import Layout
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
-from agcseg.networks import NETWORKS
+from agcseg.networks import kind
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import tell, write, write_json
@@ -261,7 +261,7 @@ def _open(config: Config, device: torch.device) -> tuple[Layout, Split, Split, P
     Raises:
         UserError: the data cannot be used, or are too few.
     """
-    data, processes, contours = config.data, parallel.world(), NETWORKS[config.network.name].contour
+    data, processes, contours = config.data, parallel.world(), kind(config.network.name).contour
     layout, cached = open_data(data, progress, log.info, contours)
     train, val = (
         open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device, contours)

@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from agcseg.config import Config, momentum, rate
+from agcseg.config import Config, build_network, momentum, rate
 from agcseg.errors import UserError
-from agcseg.networks import build
 from agcseg.nn import GEMS, add_noise
 from agcseg.training import parallel
 
@@ -94,16 +93,7 @@ def begin(config: Config, num_classes: int, steps: int, device: torch.device) ->
         UserError: the network cannot be made as `config` wants it.
     """
     torch.manual_seed(config.seed)
-    network = build(
-        config.network.name,
-        norm=config.norm.name,
-        norm_options=config.norm.options,
-        num_classes=num_classes,
-        width=config.network.width,
-        init=config.network.init,
-        implementation=config.network.implementation,
-        **config.network.options,
-    ).to(device)
+    network = build_network(config, num_classes).to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.sync_bn and parallel.world() > 1:

@@ -1,5 +1,6 @@
 """What training left, ready to use: a network in eval mode, and what its classes mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,14 +84,19 @@ def _classes(saved: dict | list, data: str) -> Classes:
     return Classes(tuple(saved), tuple(map(some_color, range(len(saved)))), numbers)
 
 
-def start_from(network: nn.Module, path: str | Path, norm: str | None = None) -> str:
-    """Give a new network the weights of a trained one; layers whose width hangs on the number of classes may differ.
+def start_from(
+    network: nn.Module, path: str | Path, norm: str | None = None, classes: Sequence[str] | None = None
+) -> str:
+    """Give a new network the weights of a trained one; where its classes are others, not those whose shape hangs on
+    their number.
 
     Args:
         network: of the same kind, norm and width, for these or other classes.
         path: the folder of a run, or a checkpoint.
         norm: the network's, to be compared with that of the run: `agc`, `center` and `agc_std`, for example, have the
             same weights.
+        classes: names of the network's classes, to be compared with those of the run. Without them, only the number of
+            classes is.
 
     Returns:
         a line that says what was taken, and what stayed new.
@@ -111,6 +117,13 @@ def start_from(network: nn.Module, path: str | Path, norm: str | None = None) ->
     if other:
         raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
     fitting = {key: saved[key] for key in own if own[key].shape == saved[key].shape}
+    its = checkpoint.get("classes") or {}
+    its = its["names"] if isinstance(its, dict) and its else its
+    if classes is not None and its and [*classes] != [*its] and len(classes) == len(its):
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), checkpoint["config"]))
+        with torch.device("meta"):
+            wider = build_network(config, len(its) + 1, init=None, pretrained=False).state_dict()
+        fitting = {key: fitting[key] for key in fitting if wider[key].shape == fitting[key].shape}
     network.load_state_dict(fitting, strict=False)
     new = [key for key in own if key not in fitting]
     return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
 
 from agcseg.errors import UserError
+
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses from twice as many on; its own limit is made for unknown senders
 
 _installed = Path(__file__).parents[1] / "configs"
 CONFIGS = str(_installed if _installed.is_dir() else Path(__file__).parents[2] / "configs")
@@ -124,3 +128,11 @@ def fail(program: str, error: UserError | OSError) -> NoReturn:
         error = f"{error.filename}: cannot be read or written ({error.strerror})"
     print(f"{program}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def show(*lines: str) -> None:
+    """Print, whether or not somebody reads to the end: `agcseg-eval RUN | head -1` is no mistake."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,13 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run, stopped
+from agcseg.cli import fail, parse_run, show, stopped
 from agcseg.config import DataConfig
 from agcseg.data import NAMES, find_data, find_samples
 from agcseg.data.layout import Layout, Sample
 from agcseg.data.minibatches import choose
 from agcseg.errors import UserError
 from agcseg.evaluate import confusion_figure, evaluate
+from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
 from agcseg.training.machine import find_device, out_of_memory
@@ -86,13 +87,13 @@ def main(argv: list[str] | None = None) -> int:
         trained.network.to(device)
         data, layout, root, known_as = _data(trained, keys)
         samples = _samples(trained, data, layout, root, keys)
-        note = _others(trained, samples, keys)
         base = Path(keys["output"] or trained.path.parent).expanduser()
         base.mkdir(parents=True, exist_ok=True)  # first: nobody should wait for figures that cannot be written
         if not os.access(base, os.W_OK):
             raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
         figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
+        note = _others(trained, [sample.name for sample in samples], figures["digest"], keys)
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
         size = {"training_size": list(trained.config.data.size)}
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(samples)} images, in % of the true class"
         )
         confusion_figure(figures["confusion"], layout.classes.names, title).savefig(picture, format="png", dpi=110)
-        write(base.with_suffix(".png"), picture.getvalue())
-        write_json(base.with_suffix(".json"), {**what, **size, **figures})
+        write(Path(f"{base}.png"), picture.getvalue())
+        write_json(Path(f"{base}.json"), {**what, **size, **figures})
     except (UserError, OSError) as error:
         fail("agcseg-eval", error)
     except (RuntimeError, MemoryError) as error:
@@ -114,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
     except KeyboardInterrupt:
         stopped("agcseg-eval")
-    print(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
+    show(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
     if note:
-        print(note)
-    print(_table(figures))
-    print(f"wrote {base}.json\nwrote {base}.png")
+        show(note)
+    show(_table(figures))
+    show(f"wrote {base}.json\nwrote {base}.png")
     return 0
 
 
@@ -158,21 +159,22 @@ def _samples(trained: Trained, data: DataConfig, layout: Layout, root: Path, key
     return [samples[i] for i in choose(len(samples), wanted, data.choice_seed)]
 
 
-def _others(trained: Trained, samples: list[Sample], keys: dict) -> str:
+def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:
     """What to say where the images are not those of the run's validation, though nobody asked for others."""
     table = trained.path.with_name("images.csv")
-    asked = keys["data"] or keys["data.root"] or keys["images"] or keys["split"] != "val"
-    if asked or not table.is_file():
+    if any(keys[key] for key in ("data", "data.root", "images")) or keys["split"] != "val":
         return ""
-    with open(table, newline="") as file:
-        names = {row["image"] for row in csv.DictReader(file)}
-    here = {sample.name for sample in samples}
-    if names == here:
-        return ""
-    return (
-        f"note: these are not the images of the run's figures: {len(names - here)} of its {len(names)} are not among "
-        f"these {len(here)}; files have come or gone since"
-    )
+    if table.is_file():
+        with open(table, newline="") as file:
+            its = [row["image"] for row in csv.DictReader(file)]
+        gone, new = len({*its} - {*names}), len({*names} - {*its})
+        if gone or new:
+            return (
+                f"note: these are not the images of the run's figures: {gone} of its {len(its)} are not among them, "
+                f"{new} of them are new"
+            )
+    seen = (load_checkpoint(trained.path).get("data") or {}).get("val")
+    return "note: the images or their labels have changed since the run" if seen and seen != digest else ""
 
 
 def _table(figures: dict) -> str:

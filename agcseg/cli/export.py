@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import agcseg
-from agcseg.cli import fail, parse_run, stopped
+from agcseg.cli import fail, parse_run, show, stopped
 from agcseg.errors import UserError
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
 from agcseg.record.files import write
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         found = differences(trained, content, format)
         for shape, largest, beyond in found:
             images = "x".join(map(str, shape))
-            print(f"{images}: differs by at most {largest:.1e} of the largest logit{_share(beyond)}")
+            show(f"{images}: differs by at most {largest:.1e} of the largest logit{_share(beyond)}")
         if any(beyond > UNDECIDED for _, _, beyond in found):
             complaint = f"{output}: not written, for it does not say what {trained.path} says"
             print(f"agcseg-export: error: {complaint}", file=sys.stderr)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         fail("agcseg-export", error)
     except KeyboardInterrupt:
         stopped("agcseg-export")
-    print(f"wrote {output} ({len(content) / 2**20:.1f} MiB)")
+    show(f"wrote {output} ({len(content) / 2**20:.1f} MiB)")
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run, stopped
+from agcseg.cli import fail, parse_run, show, stopped
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError, by_cause
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
@@ -96,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
         stopped("agcseg-predict")
     for line in by_cause(bad):
         print(f"agcseg-predict: {line}", file=sys.stderr)
-    print(f"{done} of {len(images)} pictures predicted, in {output}")
+    show(f"{done} of {len(images)} pictures predicted, in {output}")
     if keys["submission"] and not bad:
-        print("all files are as the benchmark wants them")
+        show("all files are as the benchmark wants them")
         if done != TEST_IMAGES:
-            print(f"note: the benchmark's test set has {TEST_IMAGES} images")
+            show(f"note: the benchmark's test set has {TEST_IMAGES} images")
     return 1 if bad else 0
 
 

@@ -90,7 +90,10 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
     patterns = {"images": layout.images, "labels": layout.labels, "instances": layout.instances}
     patterns = {what: pattern.replace("{split}", named) for what, pattern in patterns.items() if pattern}
     whole = len({tuple(OPEN.findall(pattern)) for pattern in patterns.values()}) == 1
-    comes = {what: f" (it comes with {archive})" for what, archive in zip(patterns, layout.archives, strict=False)}
+    comes = {
+        what: f" (it comes with {archive})"
+        for what, archive in zip(patterns, layout.archives + layout.archives[1:], strict=False)
+    }
     problems: list[UserError] = []
     found, unused = {}, []
     for what, pattern in patterns.items():
@@ -237,7 +240,7 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
             f"{size[0]}x{size[1]}, expected {layout.image_size[0]}x{layout.image_size[1]}",
             advice=f"{layout.title} as it is distributed is wanted; resized files can be read by data=folder",
         )
-    stored = read_numbers(sample.label)
+    stored = read_numbers(sample.label, colors=not layout.classes.from_file)
     _check_size(sample.label, stored, size)
     if stored.ndim == 3 and not layout.classes.from_color:
         cause = "mode RGB, expected one 8-bit channel of label ids (is this the colour picture?)"

@@ -231,7 +231,7 @@ def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, wat
         state.load(saved)
         return saved.get("events")
     if config.init_from:
-        log.info(start_from(state.network, config.init_from, config.norm.name))
+        log.info(start_from(state.network, config.init_from, config.norm.name, about["classes"]["names"]))
     state.lambdas = {0: lambdas_of(state.network).cpu()}
     if watched is not None:
         _describe_layers(state, 0, watched)

@@ -1,0 +1,494 @@
+"""Your own data: patterns, class files and their drafts, the check, and what a run keeps of them."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import LAYOUT, write_camvid, write_cityscapes
+from test_trained import ended
+
+import agcseg
+from agcseg.cli import eval as eval_program
+from agcseg.cli import predict as predict_program
+from agcseg.cli.data import DataProgram, inspect, write_draft
+from agcseg.config import Config, DataConfig, FolderConfig, NetworkConfig, check
+from agcseg.data import find_data, find_samples, open_data
+from agcseg.data.folder import read_classes
+from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN, Classes
+from agcseg.data.layout import check as check_samples
+from agcseg.data.layout import list_samples, load, scan
+from agcseg.errors import UserError
+from agcseg.export import metadata
+from agcseg.trained import start_from
+from agcseg.training.run import run
+
+COLORS = {0: (10, 20, 30), 1: (200, 0, 0), 2: (0, 200, 0), 255: (0, 0, 0)}
+CLASSES = """\
+classes:
+- name: grass
+  color: [10, 20, 30]
+- name: roof
+  color: [200, 0, 0]
+- name: tree
+  color: [0, 200, 0]
+void:
+  numbers: [255]
+  colors: [[0, 0, 0]]
+"""
+
+
+def write_folder(
+    root, train=6, val=2, colored=False, images="images/{}/{}.jpg", labels="labels/{}/{}.png", size=(40, 60)
+):
+    """Images and masks of three classes and void; the masks are numbers, or the colours of `COLORS`."""
+    generator = np.random.default_rng(0)
+    for split, n in (("train", train), ("val", val)):
+        for i in range(n):
+            numbers = generator.choice(np.array([*COLORS], np.uint8), size)
+            mask = np.array([COLORS[number] for number in numbers.flat], np.uint8).reshape(*size, 3)
+            picture = Image.fromarray((mask + generator.integers(0, 40, mask.shape)).clip(0, 255).astype(np.uint8))
+            for pattern, content in ((images, picture), (labels, Image.fromarray(mask if colored else numbers))):
+                path = root / pattern.format(split, f"{i:03}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content.save(path)
+    (root / "classes.yaml").write_text(CLASSES)
+    return root
+
+
+def data_of(root, **values) -> DataConfig:
+    cache = str(root.parent / "cache")
+    return DataConfig(
+        "folder", str(root), cache, **{"size": [32, 64], "train_images": None, "val_images": None, **values}
+    )
+
+
+def configured(root, folder=None, **values) -> Config:
+    data = data_of(root, folder=FolderConfig(**(folder or {})), **values)
+    return Config(
+        data=data, network=NetworkConfig(width=0.05, init="he_centered"), minibatch=2, epochs=1, device="cpu", images=1
+    )
+
+
+def test_numbers_and_colours_give_the_same_data(tmp_path):
+    opened = [
+        open_data(data_of(write_folder(tmp_path / name, colored=colored)))[1]
+        for name, colored in (("numbers", False), ("colours", True))
+    ]
+    for split in ("train", "val"):
+        numbers, colours = (cached[split] for cached in opened)
+        assert np.array_equal(numbers.labels, colours.labels) and numbers.names == colours.names
+        assert numbers.digest() == colours.digest() and set(np.unique(numbers.labels)) == {0, 1, 2, IGNORE}
+    path = tmp_path / "colours/labels/train/000.png"
+    Image.open(path).quantize(4).save(path)  # a palette of its own: the indices are other numbers
+    with pytest.raises(UserError, match=r"000\.png: holds numbers that are no labels of colours"):
+        open_data(data_of(tmp_path / "colours"))
+    without = CLASSES.replace("- name: grass", "- name: grass\n  numbers: []").replace("  numbers: [255]\n", "")
+    (tmp_path / "colours/classes.yaml").write_text(without)  # where no number means anything, a palette is colours
+    assert open_data(data_of(tmp_path / "colours"))[1]["train"].digest() == opened[0]["train"].digest()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "folder"),
+    [
+        (
+            "leftImg8bit/{}/city/{}_image.jpg",
+            "gtFine/{}/city/{}_labelcolors.PNG",
+            {"images": "leftImg8bit/{split}/*/{name}_image.jpg", "labels": "gtFine/{split}/*/{name}_labelcolors.png"},
+        ),  # IDD
+        (
+            "images/10k/{}/{}.JPG",
+            "labels/sem_seg/masks/{}/{}.png",
+            {"images": "images/10k/{split}/{name}.jpg", "labels": "labels/sem_seg/masks/{split}/{name}.png"},
+        ),  # BDD100K
+        (
+            "{}/images/{}.bmp",
+            "{}/v2.0/labels/{}.png",
+            {"images": "{split}/images/{name}", "labels": "{split}/v2.0/labels/{name}"},
+        ),  # Mapillary
+        (
+            "{}/deep/er/{}/image.png",
+            "masks/{}_{}.png",
+            {"images": "{split}/**/{name}/image.png", "labels": "masks/{split}_{name}"},
+        ),  # whose names are those of folders
+        ("images/{}/a/b/{}.tif", "labels/{}/a/b/{}.TIFF", {}),
+    ],
+)
+def test_other_trees(tmp_path, images, labels, folder):
+    root = write_folder(tmp_path / "data", images=images, labels=labels)
+    layout, _ = find_data(data_of(root, folder=FolderConfig(**folder)))
+    listing = scan(layout, root, "train")
+    assert not listing.problems and len(listing.samples) == 6
+    assert check_samples(listing.samples, layout)[0] == []
+    stems = [f"{i:03}" for i in range(6)]
+    assert [sample.name.rpartition("/")[2] for sample in listing.samples] == stems
+    for i, sample in enumerate(listing.samples):
+        assert stems[i] in str(sample.image) and stems[i] in str(sample.label)
+
+
+def test_splits_of_other_names_and_a_share_for_validation(tmp_path):
+    root = write_folder(tmp_path / "data", train=10)
+    (root / "images/train").rename(root / "images/training")
+    (root / "labels/train").rename(root / "labels/training")
+    data = data_of(root, val_share=0.2, folder=FolderConfig(train="training"))
+    layout, _ = find_data(data)
+    parts = {split: find_samples(data, layout, root, split) for split in ("train", "val")}
+    assert [len(part) for part in parts.values()] == [8, 2]
+    assert {sample.image.stem for part in parts.values() for sample in part} == {f"{i:03}" for i in range(10)}
+    assert parts == {split: find_samples(data, layout, root, split) for split in ("train", "val")}
+    assert (
+        find_samples(data_of(root, val_share=0.2, choice_seed=1, folder=data.folder), layout, root, "val")
+        != parts["val"]
+    )
+    with pytest.raises(UserError, match=r"data.val_share=0.01: 0 of 10 images would be for validation"):
+        find_samples(data_of(root, val_share=0.01, folder=data.folder), layout, root, "val")
+
+
+def test_classes_file(tmp_path):
+    (tmp_path / "classes.yaml").write_text(
+        "classes:\n- name: a\n  numbers: [4, 300]\n  color: [1, 2, 3]\n  colors: [[4, 5, 6]]\n- name: b\n  numbers: 7\n"
+        "- name: c\n  numbers: []\nvoid:\n  numbers: [0, 255]\n"
+    )
+    classes = read_classes(tmp_path, "classes.yaml")
+    assert classes.names == ("a", "b", "c") and classes.colors[0] == (1, 2, 3) and len(set(classes.colors)) == 3
+    assert classes.from_file == {4: 0, 300: 0, 7: 1, 0: IGNORE, 255: IGNORE}
+    assert classes.from_color == {(1, 2, 3): 0, (4, 5, 6): 0}
+    deep = np.array([[4, 300, 7], [0, 255, 9], [65000, 301, 299]], np.uint16)
+    assert classes.translate(deep).tolist() == [[0, 0, 1], [IGNORE, IGNORE, UNKNOWN], [UNKNOWN] * 3]
+    (tmp_path / "names.yaml").write_text("classes: [a, b]")
+    assert read_classes(tmp_path, "names.yaml").from_file == {0: 0, 1: 1}
+    assert read_classes(tmp_path, "cityscapes") == CITYSCAPES and read_classes(tmp_path, "camvid") == CAMVID
+    for table in (classes, CITYSCAPES, CAMVID):
+        assert Classes.from_dict(table.to_dict()) == table
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes:\n- color: [1, 2, 3]", "class 1 has no name"),
+        ("classes:\n- name: a\n- name: ''", "class 2 has no name"),
+        ("classes:\n- name: no", "class 1 has no name: False is no text, quote it"),
+        ("classes: [a, a]", "two classes are called a"),
+        ("classes: []", "expected a list of classes, such as"),
+        ("just text", "expected a list of classes, such as"),
+        ("classes: {a: 1}", "expected a list of classes, such as"),
+        ("classes: [a\n", "is no YAML"),
+        ("classes: [a]\nvoids: []", "voids: is no key here; there are classes and void"),
+        ("classes:\n- {name: a, colour: [1, 2, 3]}", "a: colour: is no key of a class; there are color, colors"),
+        ("classes:\n- {name: a, numbers: [1]}\n- {name: b, numbers: [1]}", "b: number 1 is that of a already"),
+        ("classes:\n- {name: a, numbers: [1]}\nvoid: {numbers: [1]}", "void: number 1 is that of a already"),
+        ("classes:\n- {name: a, numbers: [x]}", "a: numbers: x: expected whole numbers"),
+        ("classes:\n- {name: a, numbers: [-1]}", "a: numbers: -1: expected whole numbers"),
+        ("classes:\n- {name: a, color: [1, 2]}", r"a: color \[1, 2\]: expected \[red, green, blue\], 0 to 255"),
+        ("classes:\n- {name: a, color: [1, 2, 256]}", "expected .red, green, blue."),
+        ("classes:\n- {name: a, color: [1, 2, 3]}\n- {name: b, color: [1, 2, 3]}", "b: colour .* is that of a already"),
+        ("classes: [a]\nvoid: [255]", r"void: expected numbers: \[...\] or colors"),
+        (f"classes: {list(map(str, range(255)))}", "names 255 classes; there can be 254"),
+    ],
+)
+def test_mistakes_in_a_classes_file(tmp_path, text, message):
+    (tmp_path / "classes.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_classes(tmp_path, "classes.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'classes.yaml'}: ")
+
+
+def test_a_missing_classes_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(
+        UserError, match=f"classes.yaml: missing; .* agcseg-data data=folder data.root={tmp_path} draft"
+    ):
+        read_classes(tmp_path, "classes.yaml")
+
+
+@pytest.mark.parametrize("colored", [False, True])
+def test_draft(tmp_path, monkeypatch, colored):
+    """Written to be edited, and usable as it is; an older file stays."""
+    root = write_folder(tmp_path / "data", colored=colored)
+    (root / "classes.yaml").unlink()
+    monkeypatch.chdir(tmp_path)
+    data = data_of(root, folder=FolderConfig(classes="mine.yaml"))
+    write_draft(data)
+    text, classes = (root / "mine.yaml").read_text(), read_classes(root, "mine.yaml")
+    assert f"drafted from {8} label files" in text and "% of the pixels, in 8 files" in text
+    assert len(classes) == 4 if colored else classes.from_file == {0: 0, 1: 1, 2: 2, 255: IGNORE}
+    assert set(classes.from_color) == set(COLORS.values()) if colored else "a guess" in text
+    layout, _ = find_data(data)
+    assert check_samples(list_samples(layout, root, "train"), layout)[0] == []
+    with pytest.raises(UserError, match="mine.yaml: is there already"):
+        write_draft(data)
+    assert (root / "mine.yaml").read_text() == text
+
+
+def test_what_cannot_be_drafted(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "classes.yaml").unlink()
+    Image.open(root / "labels/val/000.png").convert("RGB").save(root / "labels/val/000.png")
+    with pytest.raises(UserError, match="000.png holds numbers, .*000.png colours; all labels must be of one kind"):
+        write_draft(data_of(root))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for path in root.glob("labels/*/*.png"):
+        Image.fromarray(noise).save(path)
+    with pytest.raises(UserError, match="2400 different colours, more than 254 classes"):
+        write_draft(data_of(root))
+    (root / "labels/val/000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="these label files cannot be read:\n .*000.png: cannot be decoded"):
+        write_draft(data_of(root))
+    shutil.rmtree(root / "labels")
+    with pytest.raises(UserError, match="labels/train: no such folder"):
+        write_draft(data_of(root))
+    with pytest.raises(UserError, match="drafts the classes of data=folder"):
+        write_draft(DataConfig("camvid", str(root)))
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (lambda root: (root / "labels/train/001.png").unlink(), ["labels/train/001.png: missing (or another kind"]),
+        (lambda root: (root / "images/val/001.jpg").unlink(), ["images/val/001.png: missing (or another kind"]),
+        (
+            lambda root: shutil.copy(root / "images/val/001.jpg", root / "images/val/001.jpeg"),
+            ["images/val/001.jpg: has the name of another file", "rename or remove one of them"],
+        ),
+        (
+            lambda root: Image.new("L", (60, 40), 9).save(root / "labels/val/001.png"),
+            ["labels/val/001.png: holds numbers that are no labels of data (9 on 2400 pixels)"],
+        ),
+        (
+            lambda root: Image.new("RGB", (60, 40), (9, 8, 7)).save(root / "labels/val/001.png"),
+            ["labels/val/001.png: holds colours that are no labels of data ((9, 8, 7) on 2400 pixels)"],
+        ),
+        (
+            lambda root: Image.new("L", (40, 60)).save(root / "labels/val/001.png"),
+            ["another size than its image (60x40, but its image is 40x60)"],
+        ),
+        (
+            lambda root: (root / "labels/val/001.png").write_bytes((root / "images/val/001.jpg").read_bytes()),
+            ["labels/val/001.png: is a JPEG, which changes the numbers in it; store labels and instances as PNG"],
+        ),
+        (
+            lambda root: [Image.new("L", (60, 40), 9).save(path) for path in root.glob("labels/*/*.png")],
+            ["train: 6 samples, 0 missing, 6 broken", "8 files: holds numbers that are no labels of data. Such as"],
+        ),
+        (lambda root: (root / "images/val/notes.txt").touch(), ["val: 1 other file left out: notes.txt", "are good"]),
+        (
+            lambda root: [Image.new("L", (60, 40), 1).save(path) for path in root.glob("labels/val/*.png")],
+            ["val: no pixel of grass, tree", "are good"],
+        ),
+        (lambda root: shutil.rmtree(root / "labels"), ["labels/train: no such folder"]),
+    ],
+)
+def test_every_fault_is_named(tmp_path, caplog, change, lines):
+    root = write_folder(tmp_path / "data")
+    change(root)
+    problems = inspect(DataProgram(data_of(root), build=False))
+    assert bool(problems) == ("are good" not in lines) and all(line in caplog.text for line in lines)
+    assert str(root) in caplog.text
+
+
+def test_every_file_by_name_on_demand(tmp_path, caplog):
+    root = write_folder(tmp_path / "data")
+    for path in root.glob("images/train/*.jpg"):
+        path.write_bytes(b"")
+    assert inspect(DataProgram(data_of(root), every=True)) == 6
+    assert caplog.text.count("cannot be decoded") == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"folder": {"images": "images/{split}/*.jpg"}}, "data.folder.images=.* must hold {name}"),
+        (
+            {"folder": {"labels": "labels/{name}.png"}},
+            "data.folder.labels=.* must hold {split}; or give data.val_share",
+        ),
+        ({"val_share": 1.0}, "data.val_share=1.0: must be between 0 and 1"),
+        ({"folder": {"instance_divisor": 1}}, "data.folder.instance_divisor=1: must be above 1"),
+    ],
+)
+def test_mistakes_in_the_configuration(tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        check(configured(tmp_path, **values))
+
+
+def test_a_run_on_a_folder(tmp_path, monkeypatch, capsys):
+    """Classes live in the checkpoint: evaluation, prediction, export and fine-tuning need no file of classes."""
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "outputs/n/run")
+    trained = agcseg.load(tmp_path / "outputs/n/run")
+    layout, _ = find_data(data_of(root))
+    assert trained.classes == layout.classes and trained.classes.names == ("grass", "roof", "tree")
+    about = metadata(trained)
+    assert about["classes"] == ["grass", "roof", "tree"] and about["colors"][1] == [200, 0, 0]
+    (root / "classes.yaml").unlink()
+    assert ended(eval_program, tmp_path / "outputs/n/run") == 0
+    assert "roof" in capsys.readouterr().out
+    assert (tmp_path / "outputs/n/run/eval-folder-val-training.json").exists()
+    assert ended(predict_program, tmp_path / "outputs/n/run", f"input={root}/images/val", f"output={tmp_path}/out") == 0
+    painted = Image.open(tmp_path / "out/000_classes.png").convert("RGB")
+    assert {color for _, color in painted.getcolors()} <= set(trained.classes.colors)
+    # Of other names, though as many, the classifier starts anew.
+    network = agcseg.build("segnet", width=0.05, num_classes=3)
+    assert "new" not in start_from(network, tmp_path / "outputs/n/run", "agc", ("grass", "roof", "tree"))
+    said = start_from(network, tmp_path / "outputs/n/run", "agc", ("sky", "sea", "land"))
+    assert said.endswith("; new, for other classes: head.weight, head.bias")
+
+
+def test_evaluation_on_a_folder_with_labels_of_its_own(tmp_path, capsys):
+    """The same classes by other numbers, in another tree."""
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "run")
+    other = write_folder(tmp_path / "other", colored=True, images="{}/{}.png", labels="masks/{}/{}.png")
+    (other / "classes.yaml").rename(tmp_path / "other.yaml")
+    arguments = [f"data.root={other}", "data.folder.images={split}/{name}", "data.folder.labels=masks/{split}/{name}"]
+    assert ended(eval_program, tmp_path / "run", *arguments, f"data.folder.classes={tmp_path}/other.yaml") == 0
+    assert (tmp_path / "run/eval-folder-other-val-training.json").exists()
+    (tmp_path / "other.yaml").write_text("classes: [grass, roof, hedge]\nvoid: {numbers: [255]}")
+    assert ended(eval_program, tmp_path / "run", *arguments, f"data.folder.classes={tmp_path}/other.yaml") == 2
+    assert "tells grass, roof, tree apart; other has grass, roof, hedge" in capsys.readouterr().err
+
+
+def test_evaluation_of_other_images_than_the_runs_says_so(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "run")
+    assert ended(eval_program, tmp_path / "run") == 0 and "note:" not in capsys.readouterr().out
+    picture = Image.open(root / "images/val/000.jpg").rotate(180)
+    picture.save(root / "images/val/000.jpg")
+    assert ended(eval_program, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert ("note: the images or their labels have changed since the run" in said) == ("data" in saved)
+    for kind, ending in (("images", "jpg"), ("labels", "png")):
+        (root / kind / f"val/000.{ending}").rename(root / kind / f"val/009.{ending}")
+    assert ended(eval_program, tmp_path / "run") == 0
+    assert "1 of its 2 are not among them, 1 of them are new" in capsys.readouterr().out
+
+
+def test_relative_paths_are_found_again_from_elsewhere(tmp_path, monkeypatch):
+    write_folder(tmp_path / "project/data/mine")
+    monkeypatch.chdir(tmp_path / "project")
+    config = configured(tmp_path / "project/data/mine")
+    config.data.root, config.data.cache_dir = "data/mine", "cache"
+    run(config, tmp_path / "project/outputs/n/run")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    assert ended(eval_program, "../project/outputs/n/run") == 0
+    shutil.move(tmp_path / "project", tmp_path / "moved")
+    assert ended(eval_program, "../moved/outputs/n/run") == 0
+
+
+def train_ids(label):
+    return CITYSCAPES.lookup()[label]
+
+
+def quantised(label):
+    return np.asarray(Image.fromarray(label).quantize(2))
+
+
+def through_jpeg(label):
+    buffer = Image.fromarray(label)
+    buffer.save("label.jpg", quality=60)
+    return np.asarray(Image.open("label.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (train_ids, r"holds class numbers \(training ids\), expected the label ids"),
+        (quantised, "contradicts its instances|holds numbers that are no labels"),
+        (through_jpeg, "contradicts its instances: one of the two|holds numbers that are no labels"),
+        (lambda label: label[::-1], "contradicts its instances: one of the two belongs to another image"),
+        (lambda label: np.where(np.arange(64)[:, None] < 4, 7, label).astype(np.uint8), "contradicts .* or edited"),
+    ],
+)
+def test_labels_that_contradict_their_instances(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    (sample,) = list_samples(LAYOUT, write_cityscapes(tmp_path / "data"), "val")
+    Image.fromarray(change(np.array(Image.open(sample.label)))).save(sample.label)
+    (problem,) = check_samples([sample], LAYOUT)[0]
+    assert str(problem).startswith(str(sample.label))
+    with pytest.raises(UserError, match=message):
+        load(sample, LAYOUT)
+
+
+def test_exchanged_label_files_are_named(tmp_path):
+    one, other = list_samples(LAYOUT, write_cityscapes(tmp_path), "train")
+    one.label.rename(tmp_path / "away")
+    other.label.rename(one.label)
+    (tmp_path / "away").rename(other.label)
+    problems = check_samples([one, other], LAYOUT)[0]
+    assert len(problems) == 2 and all("belongs to another image" in str(problem) for problem in problems)
+
+
+def test_instances_are_needed_by_networks_with_a_contour_only(tmp_path, caplog):
+    root = write_cityscapes(tmp_path / "data")
+    for path in [*root.glob("gtFine/*/*/*_instanceIds.png")][:2]:
+        path.unlink()
+    assert [sample.instance for sample in list_samples(LAYOUT, root, "train")] == [None, None]
+    with pytest.raises(UserError, match="instanceIds.png: missing .it comes with gtFine"):
+        list_samples(LAYOUT, root, "train", instances=True)
+        list_samples(LAYOUT, root, "val", instances=True)
+    for path in root.glob("gtFine/*/*/*_instanceIds.png"):
+        path.unlink()
+    small = LAYOUT._replace(expected={"train": 5, "val": 1})
+    for wanted, problems in ((None, 0), (2, 0), (3, 1)):
+        data = DataConfig("cityscapes", str(root), str(tmp_path), [32, 64], wanted, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(agcseg.data.LAYOUTS, "cityscapes", small)
+            assert inspect(DataProgram(data, build=False)) == problems, wanted
+    assert "none with instances, which networks that find contours need" in caplog.text
+    assert "a part of Cityscapes; that is enough for data.train_images=2" in caplog.text
+    assert "train: 2 complete samples, data.train_images=3 asks for more" in caplog.text
+
+
+def test_too_few_images_are_noticed_before_anything_is_cached(tmp_path):
+    root = write_camvid(tmp_path / "data")
+    data = DataConfig("camvid", str(root), str(tmp_path / "cache"), [32, 64], 4, None)
+    with pytest.raises(UserError, match=f"data.train_images=4: there are 3 train images in {root}"):
+        open_data(data)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_archives_in_folders_of_their_own(tmp_path):
+    root = write_cityscapes(tmp_path / "data")
+    for archive, folder in (("images", "leftImg8bit"), ("labels", "gtFine")):
+        (root / archive).mkdir()
+        (root / folder).rename(root / archive / folder)
+    with pytest.raises(
+        UserError, match=f"no such folder .* but there is {root}/images/leftImg8bit/train: data.root must"
+    ):
+        list_samples(LAYOUT, root, "train")
+    with pytest.raises(UserError, match=f"but there is {root}/images/leftImg8bit/train"):
+        list_samples(LAYOUT, root / "images/leftImg8bit", "train")
+
+
+def test_streets_are_made_in_an_empty_folder(tmp_path, caplog):
+    (tmp_path / "x").mkdir()
+    data = DataConfig("streets", str(tmp_path / "x"), str(tmp_path / "cache"), [32, 64], None, None)
+    data.streets.train = data.streets.val = 1
+    data.streets.size = [64, 128]
+    assert inspect(DataProgram(data, build=False)) == 0 and len([*(tmp_path / "x").rglob("*.png")]) == 6
+
+
+@pytest.mark.parametrize("split", ["train_extra", "val-night", "val.2"])
+def test_splits_of_any_name_are_evaluated(tmp_path, split):
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "run")
+    for kind in ("images", "labels"):
+        (root / kind / "val").rename(root / kind / split)
+    assert ended(eval_program, tmp_path / "run", f"split={split}") == 0
+    assert (tmp_path / f"run/eval-folder-{split}-training.json").exists()
+
+
+def test_nobody_listens(tmp_path, monkeypatch, capfd):
+    """agcseg-eval RUN | head -1"""
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "run")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert ended(eval_program, tmp_path / "run") == 0
+        monkeypatch.undo()
+    assert "Traceback" not in capfd.readouterr().err and (tmp_path / "run/eval-folder-val-training.json").exists()

@@ -127,7 +127,7 @@ class Config:
     seed: int = 1
     device: str = "auto"
     precision: str = "fp32"
-    channels_last: bool = False
+    channels_last: Any = "auto"
     compile: bool = False
     deterministic: bool = False
     sync_bn: bool = False
@@ -197,7 +197,8 @@ def check(config: Config) -> None:
     one_of("data", data.name, NAMES)
     one_of("class_weights", config.class_weights, CLASS_WEIGHTS)
     one_of("contour.loss", config.contour.loss, CONTOUR_LOSSES)
-    one_of("precision", config.precision, ("fp32", "bf16"))
+    one_of("precision", config.precision, ("fp32", "tf32", "bf16"))
+    expect(config.channels_last in ("auto", True, False), f"channels_last={config.channels_last}: auto, true or false")
     expect(config.network.width > 0, f"network.width={config.network.width}: must be positive")
     expect(config.contour.band >= 1, f"contour.band={config.contour.band}: must be at least 1")
     expect(config.minibatch >= 1, f"minibatch={config.minibatch}: must be at least 1")

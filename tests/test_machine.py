@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agcseg.errors import UserError
-from agcseg.training.machine import find_device, out_of_memory
+from agcseg.training.machine import channels_last, find_device, out_of_memory, settings
 
 
 def test_the_cpu_has_one_name():
@@ -40,3 +40,29 @@ def test_out_of_memory():
     with pytest.raises(RuntimeError) as other:
         torch.empty(2).view(3)
     assert not out_of_memory(other.value)
+
+
+@pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True), ("bf16", False)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_settings_are_stated_and_taken_back(precision, tf32, deterministic):
+    def now():
+        flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+        return *flags, torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = now()
+    with pytest.raises(KeyboardInterrupt), settings(precision, deterministic):
+        assert now() == (tf32, tf32, not deterministic, deterministic, not deterministic and before[-1])
+        # In the words of the newer interface too: "none" asks the setting above it, which is "none", IEEE.
+        assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if tf32 else "none")
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")
+        assert torch.backends.fp32_precision == "none"
+        raise KeyboardInterrupt
+    assert now() == before
+
+
+def test_channels_last(monkeypatch):
+    cpu = torch.device("cpu")
+    assert channels_last("auto", torch.device("cuda", 0)) and not channels_last(False, torch.device("cuda", 0))
+    for capability, faster in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert channels_last("auto", cpu) == faster and channels_last(True, cpu) and not channels_last(False, cpu)

@@ -20,7 +20,7 @@ from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
-from agcseg.training.machine import find_device, out_of_memory
+from agcseg.training.machine import find_device, out_of_memory, settings
 
 FOLDER = ("images", "labels", "instances", "classes")  # of data=folder
 KEYS = {
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         if not os.access(base, os.W_OK):
             raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
-        figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
+        with settings(trained.config.precision):
+            figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
         note = _others(trained, [sample.name for sample in samples], figures["digest"], keys)
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}

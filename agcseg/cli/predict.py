@@ -10,7 +10,7 @@ from agcseg.cli import fail, parse_run, show, stopped
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError, by_cause
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
-from agcseg.training.machine import find_device, out_of_memory
+from agcseg.training.machine import find_device, out_of_memory, settings
 
 KEYS = {
     "input": str,
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"submission=true: {trained.path} was trained on {trained.config.data.name}'s classes")
         trained.network.to(device)
         names, written = {path: name for name, path in images.items()}, []
-        with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
+        bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
+        with bar, settings(trained.config.precision):
 
             def skip(error: UserError) -> None:
                 bad.append(error)

@@ -10,6 +10,7 @@ from agcseg.config import Config
 from agcseg.data.minibatches import Split, minibatches
 from agcseg.losses import image_losses
 from agcseg.training import parallel
+from agcseg.training.machine import channels_last
 
 
 def backward(
@@ -113,7 +114,7 @@ def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: 
 
 
 def _logits(model: nn.Module, images: Tensor, config: Config) -> Tensor:
-    if config.channels_last:
+    if channels_last(config.channels_last, images.device):
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         return model(images)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from agcseg.record.tables import lambdas_of, layer_rows
 from agcseg.trained import start_from
 from agcseg.training import parallel
 from agcseg.training.lines import Bar, divergence, introduction, progress
-from agcseg.training.machine import device_name, find_device, peak_memory, reset_peak_memory
+from agcseg.training.machine import device_name, find_device, peak_memory, reset_peak_memory, settings
 from agcseg.training.passes import backward, constant_error, loss_figures, shown_images, validate
 from agcseg.training.state import State, begin
 
@@ -107,7 +106,7 @@ def run(config: Config, folder: Path) -> dict:
         result = parallel.from_first(finished(config, folder) if first else None)
         if result:
             return result
-        with _deterministic(config.deterministic):
+        with settings(config.precision, config.deterministic):
             return _train(config, folder, device, _measured(config, device, *opened))
 
 
@@ -205,6 +204,8 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
         state.optimizer.step()
         if step == len(losses) or (epoch == 1 and step.bit_count() == 1):  # λ moves most at first
             lambdas[(epoch - 1) * len(losses) + step] = lambdas_of(network)
+        if step == 1 < len(losses) and device.type == "cuda":
+            reset_peak_memory(device)  # cuDNN tried its algorithms, with workspace that no later step takes
         # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
         if device.type == "cpu" or step % 50 == 0 or step == len(losses):
             new = parallel.add(losses[looked:step]).div_(parallel.world())
@@ -317,18 +318,6 @@ def _at_work(folder: Path) -> Iterator[None]:
         log.removeHandler(log_file)
         log_file.close()
         held.release()
-
-
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(wanted)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def _about(config: Config, data: Data) -> dict:

@@ -9,6 +9,7 @@ from agcseg.config import Config, build_network, momentum, rate
 from agcseg.errors import UserError
 from agcseg.nn import GEMS, add_noise
 from agcseg.training import parallel
+from agcseg.training.machine import channels_last
 
 
 @dataclass
@@ -94,7 +95,7 @@ def begin(config: Config, num_classes: int, steps: int, device: torch.device) ->
     """
     torch.manual_seed(config.seed)
     network = build_network(config, num_classes).to(device)
-    if config.channels_last:
+    if channels_last(config.channels_last, device):
         network.to(memory_format=torch.channels_last)
     if config.sync_bn and parallel.world() > 1:
         if device.type == "cpu":

@@ -1,32 +1,34 @@
-"""Reads the runs of one folder and reports them: curves, tables, and what they say about the paper's claims.
+"""Reads the runs of a folder and reports them: curves, tables, and what they say about the paper's claims.
 
-Errors are fractions in [0, 1] in code and in report.csv, and % or points wherever people read them."""
+Errors are fractions in [0, 1] in report.csv, and % or points wherever people read them."""
 
 from agcseg.report.claims import MARGIN, Verdict, verdicts
-from agcseg.report.compare import cells
-from agcseg.report.figures import figure, figure1, lambda_figure, lambda_starts_figure, settings_figure
+from agcseg.report.compare import by_setting, cells, reference_of
+from agcseg.report.figures import figure, figure1, forest, lambda_figure, lambda_starts_figure
+from agcseg.report.measures import t_interval
 from agcseg.report.page import write_report
-from agcseg.report.read import Run, read_folder, read_runs
-from agcseg.report.settings import compared, differences_table, settings_table
-from agcseg.report.tables import summarise, table_text
+from agcseg.report.read import Run, read_folders, read_runs
+from agcseg.report.tables import differences_table, headline, settings_table, summarise
 
 __all__ = [
     "MARGIN",
     "Run",
     "Verdict",
+    "by_setting",
     "cells",
-    "compared",
     "differences_table",
     "figure",
     "figure1",
+    "forest",
+    "headline",
     "lambda_figure",
     "lambda_starts_figure",
-    "read_folder",
+    "read_folders",
     "read_runs",
-    "settings_figure",
+    "reference_of",
     "settings_table",
     "summarise",
-    "table_text",
+    "t_interval",
     "verdicts",
     "write_report",
 ]

@@ -7,7 +7,8 @@ number. A part that may not decide (one seed, unfinished runs) says where it lea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
 from agcseg.report import measures
 from agcseg.report.compare import Cells, Estimate, Seeds, by_images, compare, label, relative, unlike
+from agcseg.report.measures import NOT_ENOUGH, bootstrap, combine, decide, spikes, t_interval
 from agcseg.report.read import NAMES, Run
-from agcseg.report.statistics import NOT_ENOUGH, bootstrap, combine, decide, spikes, t_interval
 
 # About a tenth of the paper's errors; five times the differences that it calls almost identical (0.16 and 0.19 points),
 # half of the one that it calls considerable (2 points).
@@ -30,14 +31,69 @@ FASTER, LIGHTER = 1.15, 0.9  # half of the paper's gain in speed; at least a ten
 FEWEST_EPOCHS = 5  # to time a run
 FEWEST_STEPS = 500  # to count a run's spikes
 
+CLAIMS = (
+    "AGC equals batch normalisation (BN) in final error",
+    "with the rate scaled by the minibatch, AGC's error curves coincide, and BN's do not at minibatch 1",
+    "at minibatch 8, AGC's best rate is 0.16",
+    "AGC's validation loss is slightly higher",
+    "training spikes are more frequent and larger with BN",
+    "λ is between 0 and 2, about 1 in the deepest layers, near 0 at the classifier",
+    "AGC is faster and takes significantly less memory",
+)
+
+
 Condition = tuple[str, int, float]  # network, minibatch and rate: what the two sides of BN against AGC share
+
+ABOVE_0 = (0, math.inf), "above 0"
+ERRORS = partial(compare, measure=measures.final_error, resample=by_images("wrong", scale=100))
+LOSSES = partial(compare, measure=measures.final_loss, gap=relative, resample=by_images("loss", relative))
 
 
 class Part(NamedTuple):
-    text: str
-    verdict: str
-    leaning: str  # what the estimate would say, if it could decide
-    known: bool  # whether there is an estimate
+    """One comparison that a claim rests on."""
+
+    what: str
+    estimate: Estimate | str  # or what is missing for one
+    band: tuple[float, float]  # in which it must lie
+    wanted: str  # the band in words
+    form: str = "+.2f"
+
+    @property
+    def known(self) -> bool:
+        return isinstance(self.estimate, Estimate)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the estimate; where it has none, the value twice."""
+        value, low, high, *_ = self.estimate
+        return (value, value) if math.isnan(low) else (low, high)
+
+    @property
+    def leaning(self) -> str:
+        """What the estimate would say, if it could decide."""
+        return decide(self.interval, self.band) if self.known and self.estimate.leans else NOT_ENOUGH
+
+    @property
+    def verdict(self) -> str:
+        return NOT_ENOUGH if not self.known or self.estimate.weak else self.leaning
+
+    @property
+    def measured(self) -> str:
+        """Such as "+0.12 (-0.30 to +0.51)": the estimate and its interval, or what is missing."""
+        if not self.known:
+            return self.estimate
+        value, low, high, *_ = self.estimate
+        return f"{value:{self.form}}" + ("" if math.isnan(low) else f" ({low:{self.form}} to {high:{self.form}})")
+
+    @property
+    def basis(self) -> str:
+        """What the interval is over, such as "3 seeds, paired"."""
+        return self.estimate.basis if self.known else ""
+
+    @property
+    def answer(self) -> str:
+        """The verdict, and why there is none."""
+        return self.verdict + (f": {self.estimate.weak}" if self.known and self.estimate.weak else "")
 
 
 class Verdict(NamedTuple):
@@ -78,49 +134,81 @@ def verdicts(cells: Cells, margin: float = MARGIN, figure1: bool = True) -> list
     """
     if not 0 < margin < math.inf:
         raise UserError(f"margin {margin:g}: must be positive, in points of pixel error (1 is usual)")
-    if figure1:
-        pairs, timed = [("segnet", 4, 0.08), ("classnet", 4, 0.08)], [("segnet", 8, 0.16)]
-        shown = [Setting(network, "agc", minibatch, rate) for network, minibatch, rate in pairs]
-    else:
-        shown = [of for of in cells if of.norm == "agc"]
-        pairs = [(of.network, of.minibatch, of.rate) for of in shown if of._replace(norm="bn") in cells]
-        timed = pairs
-    claims = {
-        "AGC equals batch normalisation (BN) in final error": _equal_errors(cells, pairs, margin),
-        "with the rate scaled by the minibatch, AGC's error curves coincide, and BN's do not at minibatch 1":
-            _minibatches(cells, margin),
-        "at minibatch 8, AGC's best rate is 0.16": _sweet_spot(cells),
-        "AGC's validation loss is slightly higher": _losses(cells, pairs),
-        "training spikes are more frequent and larger with BN": _spikes(cells, pairs),
-        "λ is between 0 and 2, about 1 in the deepest layers, near 0 at the classifier": _lambda(cells, shown),
-        "AGC is faster and takes significantly less memory": _costs(cells, timed),
-    }  # fmt: skip
-    answers = [Verdict(number, *claim) for number, claim in enumerate(claims.items(), start=1)]
+    pairs, timed = [("segnet", 4, 0.08), ("classnet", 4, 0.08)], [("segnet", 8, 0.16)]
+    agc = [Setting(network, "agc", minibatch, rate) for network, minibatch, rate in pairs]
+    if not figure1:
+        agc = [of for of in cells if of.norm == "agc"]
+        timed = pairs = [(of.network, of.minibatch, of.rate) for of in agc if of._replace(norm="bn") in cells]
+    answers = [Verdict(number, claim, []) for number, claim in enumerate(CLAIMS, start=1)]
+    asked = [
+        *_of_pairs(pairs, margin),
+        *_of_minibatches(margin),
+        *_of_rates(),
+        *_of_lambda(agc),
+        *_of_costs(cells, timed),
+    ]
+    for number, what, how, settings, *expected in asked:
+        lacking = [label(of) for of in settings if of not in cells]
+        estimate = f"needs {' and '.join(lacking)}" if lacking else how(*(cells[of] for of in settings))
+        answers[number - 1].parts.append(Part(what, estimate, *expected))
     return [answer for answer in answers if figure1 or any(part.known for part in answer.parts)]
 
 
-def _judge(what: str, estimate: Estimate | str, band: tuple[float, float], wanted: str, form: str = "+.2f") -> Part:
-    """A part of a claim: `estimate` must lie in `band`, which `wanted` puts into words."""
-    if isinstance(estimate, str):
-        return Part(f"{NOT_ENOUGH}: {what}: {estimate}", NOT_ENOUGH, NOT_ENOUGH, False)
-    value, low, high, basis, weak, leans = estimate
-    known = not math.isnan(low)
-    leaning = decide((low, high) if known else (value, value), band) if leans else NOT_ENOUGH
-    verdict = NOT_ENOUGH if weak else leaning
-    range_of = "95 % interval" if math.isfinite(high - low) else "from seed to seed"  # diverged runs are infinitely bad
-    interval = f", {range_of} {low:{form}} to {high:{form}}" if known else ""
-    why = f" ({weak})" if weak else ""
-    text = f"{verdict}{why}: {what}: {value:{form}}{interval} ({basis}); expected {wanted}"
-    return Part(text, verdict, leaning, True)
+# What is asked of the runs: number of the claim, what is measured, how, of which settings; band, band in words, format.
 
 
-def _missing(cells: Cells, *wanted: Setting) -> str:
-    lacking = [label(of) for of in wanted if of not in cells]
-    return f"needs {' and '.join(lacking)}" if lacking else ""
+def _of_pairs(pairs: list[Condition], margin: float) -> Iterator[tuple]:
+    slightly = (0, SLIGHTLY), f"above 0 and below {SLIGHTLY:.0%}", "+.1%"
+    for agc, bn, where in map(_both, pairs):
+        often, large = f"{where}: spikes per 1000 steps, BN − AGC", f"{where}: size of a spike in doublings, BN − AGC"
+        yield 1, f"{where}: error of AGC − BN, points", ERRORS, (agc, bn), (-margin, margin), f"within ±{margin:g}"
+        yield 4, f"{where}: loss of AGC ÷ BN − 1", LOSSES, (agc, bn), *slightly
+        yield 5, often, partial(_spikes, measures.spike_rate), (bn, agc), *ABOVE_0
+        yield 5, large, partial(_spikes, measures.spike_size), (bn, agc), *ABOVE_0
 
 
-def _pair(cells: Cells, ours: Setting, theirs: Setting, *arguments, **options) -> Estimate | str:
-    return _missing(cells, ours, theirs) or compare(cells[ours], cells[theirs], *arguments, **options)
+def _of_minibatches(margin: float) -> Iterator[tuple]:
+    one, four, eight = SCALED
+    within, above = ((-margin, margin), f"within ±{margin:g}"), ((margin, math.inf), f"above {margin:g}")
+    table = (
+        ("agc", one, four, within),
+        ("agc", eight, four, within),
+        ("agc", one, eight, within),
+        ("bn", one, four, above),
+    )
+    for norm, ours, theirs, expected in table:
+        settings = Setting("segnet", norm, *ours), Setting("segnet", norm, *theirs)
+        what = f"SegNet {NAMES[norm]}, error at minibatch {ours[0]} − {theirs[0]}, points"
+        yield 2, f"{what}, at the end", ERRORS, settings, *expected
+        yield 2, f"{what}, mean over the epochs", partial(compare, measure=measures.mean_error), settings, *expected
+
+
+def _of_rates() -> Iterator[tuple]:
+    best = Setting("segnet", "agc", 8, 0.16)
+    for rate in (0.08, 0.32, 0.64):
+        what = f"SegNet AGC, error at rate {rate:g} − 0.16, points"
+        yield 3, what, ERRORS, (best._replace(rate=rate), best), *ABOVE_0
+
+
+def _of_lambda(settings: list[Setting]) -> Iterator[tuple]:
+    table = (
+        ("share of λ in [0, 2]", measures.lambda_inside, (INSIDE, math.inf), f"above {INSIDE:g}"),
+        ("mean λ of the deepest layers", measures.lambda_deepest, ABOUT_ONE, "{} to {}".format(*ABOUT_ONE)),
+        ("mean λ before the classifier", measures.lambda_last, NEAR_ZERO, "{} to {}".format(*NEAR_ZERO)),
+        ("correlation of λ with depth", measures.lambda_correlation, *ABOVE_0),
+    )
+    for of in settings:
+        for what, measure, *expected in table:
+            yield 6, f"{label(of)}: {what}", partial(_layers, measure), (of,), *expected, ".2f"
+
+
+def _of_costs(cells: Cells, pairs: list[Condition]) -> Iterator[tuple]:
+    faster = (FASTER, math.inf), f"above {FASTER} (paper: 1.3 at minibatch 8)", ".2f"
+    for agc, bn, where in map(_both, pairs):
+        yield 7, f"{where}: images/s, AGC ÷ BN", partial(_ratio, measures.speed), (agc, bn), *faster
+        for what, memory in _memories([*cells.get(agc, {}).values(), *cells.get(bn, {}).values()]):
+            lighter = (-math.inf, LIGHTER), f"below {LIGHTER}", ".2f"
+            yield 7, f"{where}: {what}, AGC ÷ BN", partial(_ratio, memory), (agc, bn), *lighter
 
 
 def _both(condition: Condition) -> tuple[Setting, Setting, str]:
@@ -130,108 +218,41 @@ def _both(condition: Condition) -> tuple[Setting, Setting, str]:
     return agc, bn, f"{NAMES.get(network, network)}, minibatch {minibatch}, rate {rate:g}"
 
 
-def _equal_errors(cells: Cells, pairs: list[Condition], margin: float) -> list[Part]:
-    parts = []
-    for agc, bn, where in map(_both, pairs):
-        estimate = _pair(cells, agc, bn, measures.final_error, resample=by_images(0))
-        wanted = f"within ±{margin:g}"
-        parts.append(_judge(f"{where}: error of AGC − BN, points", estimate, (-margin, margin), wanted))
-    return parts
+def _spikes(measure: Callable, bn: Seeds, agc: Seeds) -> Estimate | str:
+    """As `compare`; with one seed the rate is resampled by epochs, paired. Short runs say nothing."""
 
+    def by_epochs(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str]:
+        counts = [measures.spikes_per_epoch(run, epoch) for run in (ours, theirs)]
+        epochs = min(map(len, counts))
+        more = (counts[0][-epochs:] - counts[1][-epochs:]) * 1000 / ours.steps.shape[1]
+        interval = bootstrap(lambda drawn: drawn.mean(-1), more)
+        return *interval, f"one seed; over {epochs} epochs, not over trainings"
 
-def _minibatches(cells: Cells, margin: float) -> list[Part]:
-    one, four, eight = SCALED
-    within, above = ((-margin, margin), f"within ±{margin:g}"), ((margin, math.inf), f"above {margin:g}")
-    parts = []
-    for norm, ours, theirs, wanted in (
-        ("agc", one, four, within),
-        ("agc", eight, four, within),
-        ("agc", one, eight, within),
-        ("bn", one, four, above),
-    ):
-        settings = Setting("segnet", norm, *ours), Setting("segnet", norm, *theirs)
-        what = f"SegNet {NAMES[norm]}, error at minibatch {ours[0]} − {theirs[0]}, points"
-        end = _pair(cells, *settings, measures.final_error, resample=by_images(0))
-        throughout = _pair(cells, *settings, measures.mean_error)
-        parts += [_judge(f"{what}, at the end", end, *wanted)]
-        parts += [_judge(f"{what}, mean over the epochs", throughout, *wanted)]
-    return parts
-
-
-def _sweet_spot(cells: Cells) -> list[Part]:
-    best, parts = Setting("segnet", "agc", 8, 0.16), []
-    for rate in (0.08, 0.32, 0.64):
-        estimate = _pair(cells, best._replace(rate=rate), best, measures.final_error, resample=by_images(0))
-        parts.append(_judge(f"SegNet AGC, error at rate {rate:g} − 0.16, points", estimate, (0, math.inf), "above 0"))
-    return parts
-
-
-def _losses(cells: Cells, pairs: list[Condition]) -> list[Part]:
-    parts = []
-    for agc, bn, where in map(_both, pairs):
-        estimate = _pair(cells, agc, bn, measures.final_loss, relative, by_images(1, relative))
-        wanted = f"above 0 and below {SLIGHTLY:.0%}"
-        parts.append(_judge(f"{where}: loss of AGC ÷ BN − 1", estimate, (0, SLIGHTLY), wanted, "+.1%"))
-    return parts
-
-
-def _spikes(cells: Cells, pairs: list[Condition]) -> list[Part]:
-    parts = []
-    for agc, bn, where in map(_both, pairs):
-        often = _pair(cells, bn, agc, measures.spike_rate, resample=_by_epochs, source="steps.npy")
-        large = _pair(cells, bn, agc, measures.spike_size, source="steps.npy")
-        often, large = (_if_long_enough(estimate, cells, bn, agc) for estimate in (often, large))
-        counted = "" if isinstance(often, str) else f" ({_counted(cells[bn], 'BN')}; {_counted(cells[agc], 'AGC')})"
-        parts.append(_judge(f"{where}: spikes per 1000 steps, BN − AGC{counted}", often, (0, math.inf), "above 0"))
-        parts.append(_judge(f"{where}: size of a spike in doublings, BN − AGC", large, (0, math.inf), "above 0"))
-    return parts
-
-
-def _by_epochs(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str]:
-    """For `compare`: resampling of epochs, paired."""
-    counts = [measures.spikes_per_epoch(run, epoch) for run in (ours, theirs)]
-    epochs = min(map(len, counts))
-    more = (counts[0][-epochs:] - counts[1][-epochs:]) * 1000 / ours.steps.shape[1]
-    return *bootstrap(lambda drawn: more[drawn].mean(1), epochs), f"one seed; over {epochs} epochs, not over trainings"
-
-
-def _if_long_enough(estimate: Estimate | str, cells: Cells, *settings: Setting) -> Estimate | str:
+    resample = by_epochs if measure is measures.spike_rate else None
+    estimate = compare(bn, agc, measure, resample=resample, source="steps.npy")
     if isinstance(estimate, str):
         return estimate
-    runs = [run for of in settings for run in cells[of].values() if run.state != "diverged"]
+    if measure is measures.spike_rate:
+        estimate = estimate._replace(basis=f"{estimate.basis}; BN: {_counted(bn)}; AGC: {_counted(agc)}")
+    runs = [run for seeds in (bn, agc) for run in seeds.values() if run.held]
     steps = min((measures.step_losses(run, run.last_epoch).size for run in runs), default=FEWEST_STEPS)
     short = f"a run has only {steps} steps, fewer than {FEWEST_STEPS}"
     return estimate._replace(weak=short, leans=False) if steps < FEWEST_STEPS else estimate
 
 
-def _counted(seeds: Seeds, norm: str) -> str:
-    """Such as "BN 12 spikes in 3000 steps, on average 5.1 and up to 9.0 times the median"."""
+def _counted(seeds: Seeds) -> str:
+    """Such as "12 spikes in 3000 steps, on average 5.1 and up to 9.0 times the median"."""
     found = [measures.step_losses(run, run.last_epoch).ravel() for run in seeds.values()]
     sizes = np.concatenate([spikes(losses)[1] for losses in found])
-    counted = f"{norm}: {len(sizes)} in {sum(map(len, found))} steps"
+    counted = f"{len(sizes)} in {sum(map(len, found))} steps"
     if not len(sizes):
         return counted
     return f"{counted}, on average {2 ** np.log2(sizes).mean():.1f} and up to {sizes.max():.1f} times the median"
 
 
-def _lambda(cells: Cells, settings: list[Setting]) -> list[Part]:
-    wanted = (
-        ("share of λ in [0, 2]", measures.lambda_inside, (INSIDE, math.inf), f"above {INSIDE:g}"),
-        ("mean λ of the deepest layers", measures.lambda_deepest, ABOUT_ONE, "between {} and {}".format(*ABOUT_ONE)),
-        ("mean λ before the classifier", measures.lambda_last, NEAR_ZERO, "between {} and {}".format(*NEAR_ZERO)),
-        ("correlation of λ with depth", measures.lambda_correlation, (0, math.inf), "above 0"),
-    )
-    parts = []
-    for of in settings:
-        for what, measure, *band in wanted:
-            estimate = _missing(cells, of) or _of_layers(cells[of], measure)
-            parts.append(_judge(f"{label(of)}: {what}", estimate, *band, ".2f"))
-    return parts
-
-
-def _of_layers(seeds: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
+def _layers(measure: Callable[[Run], float], seeds: Seeds) -> Estimate | str:
     """Mean over the seeds that did not diverge."""
-    runs = [run for run in seeds.values() if run.state != "diverged"]
+    runs = [run for run in seeds.values() if run.held]
     lacking = [run.name for run in runs if run.layers is None]
     if lacking or not runs:
         return f"needs layers.csv of {', '.join(lacking)}" if runs else "every run diverged"
@@ -244,50 +265,47 @@ def _of_layers(seeds: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
     still = any(measures.lambda_moved(run.layers) < MOVED for run in runs)
     if still:
         weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}"
-    interval, basis = (math.nan, math.nan), "one seed, no interval"
-    if len(runs) > 1:
-        interval, basis = t_interval(values), f"{len(runs)} seeds"
+    several = len(runs) > 1
+    interval, basis = t_interval(values) if several else (math.nan, math.nan), f"{len(runs)} seeds"
+    basis = basis if several else "one seed, no interval"
     basis += f", at epoch {' and '.join(map(str, reached))} of {planned}" * unfinished
     return Estimate(float(np.mean(values)), *interval, basis, weak, not still)
 
 
-def _costs(cells: Cells, pairs: list[Condition]) -> list[Part]:
-    parts = []
-    for agc, bn, where in map(_both, pairs):
-        faster = lighter = _missing(cells, agc, bn) or _unlike(cells[agc], cells[bn])
-        if not faster:
-            faster, lighter = (_ratio(cells[agc], cells[bn], of) for of in (measures.speed, measures.memory))
-            one = next(iter(cells[agc].values()))
-            where += f", {one.device}, {one.settings.get('network.implementation')} AGC"
-        speed, memory = (FASTER, math.inf), (-math.inf, LIGHTER)
-        parts.append(
-            _judge(f"{where}: images/s, AGC ÷ BN", faster, speed, f"above {FASTER} (paper: 1.3 at minibatch 8)", ".2f")
-        )
-        parts.append(_judge(f"{where}: peak memory, AGC ÷ BN", lighter, memory, f"below {LIGHTER}", ".2f"))
-    return parts
+def _memories(runs: list[Run]) -> list[tuple[str, Callable[[Run], float]]]:
+    """What tells the memory of training, in runs that recorded it; of older ones the peak of the whole process."""
+    if any(math.isfinite(measures.training_memory(run)) for run in runs):
+        kept = ("memory kept for backward", measures.kept_memory)
+        return [("peak memory that training adds", measures.training_memory), kept]
+    return [("peak memory" + " of the whole process" * any(_on_cpu(run) for run in runs), measures.process_memory)]
 
 
-def _unlike(agc: Seeds, bn: Seeds) -> str:
-    """Why times and memory cannot be compared, or empty."""
-    why = unlike([*agc.values(), *bn.values()])
-    return why or ("" if agc.keys() & bn.keys() else "needs runs with the same seed on both sides")
+def _on_cpu(run: Run) -> bool:
+    return run.device.startswith("CPU")
 
 
-def _ratio(agc: Seeds, bn: Seeds, measure: Callable[[Run], float]) -> Estimate | str:
+def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate | str:
     """One pair of runs decides too: time and memory do not depend on how the training goes."""
+    if why := unlike([*agc.values(), *bn.values()]):
+        return why
     pairs = [(agc[seed], bn[seed]) for seed in sorted(agc.keys() & bn.keys())]
+    if not pairs:
+        return "needs runs with the same seed on both sides"
     pairs = [pair for pair in pairs if all(measure(run) > 0 for run in pair)]  # not those that failed at once
     ratios = [measure(ours) / measure(theirs) for ours, theirs in pairs]
     if not ratios:
-        return "needs images_per_second and peak_memory_mib in metrics.csv"
+        return f"needs {'images_per_second' if measure is measures.speed else 'the memory'} of both sides"
     epochs = min(len(measures.speeds(run)) for pair in pairs for run in pair)
     weak = f"fewer than {FEWEST_EPOCHS} epochs were timed" if epochs < FEWEST_EPOCHS else ""
     if measure is measures.speed and not weak:
         weak = measures.unsteady([ours for ours, _ in pairs]) or measures.unsteady([theirs for _, theirs in pairs])
+    if measure is measures.process_memory and any(_on_cpu(run) for pair in pairs for run in pair):
+        weak = "older runs measured the whole process, Python and torch included"
+    on = f" on {pairs[0][0].device}, {pairs[0][0].settings.get('network.implementation')} AGC"
     if len(ratios) > 1:
-        return Estimate(float(np.mean(ratios)), *t_interval(ratios), f"{len(ratios)} seeds, paired", weak)
-    if measure is measures.memory:
-        return Estimate(ratios[0], math.nan, math.nan, "one seed, a peak and no sample", weak)
+        return Estimate(float(np.mean(ratios)), *t_interval(ratios), f"{len(ratios)} seeds, paired,{on}", weak)
+    if measure is not measures.speed:
+        return Estimate(ratios[0], math.nan, math.nan, f"one seed, a peak and no sample,{on}", weak)
     ours, theirs = (measures.speeds(run)[-epochs:] for run in pairs[0])
-    interval = bootstrap(lambda drawn: np.median(ours[drawn], 1) / np.median(theirs[drawn], 1), epochs)
-    return Estimate(ratios[0], *interval, f"one seed, over {epochs} epochs", weak)
+    interval = bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), ours, theirs)
+    return Estimate(ratios[0], *interval, f"one seed, over {epochs} epochs,{on}", weak)

@@ -1,4 +1,4 @@
-"""Which runs may be compared with which, and how one side differs from the other.
+"""Which runs may be compared with which, what differs between them in a few plain words, and by how much they differ.
 
 Runs are compared only if all their settings agree but those that are compared and those that change nothing that is
 computed. The seeds decide: two trainings that differ in rounding alone can end points apart, so one pair of runs has no
@@ -6,20 +6,28 @@ interval that covers the noise of training, and decides nothing (but a diverged 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
 
+from agcseg.config import Config
+from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report.read import FREE, NAMES, Run
-from agcseg.report.statistics import bootstrap, t_interval
+from agcseg.report.measures import bootstrap, final_error, t_interval
+from agcseg.report.read import FREE, NAMES, NORMS, Run, describe, flat
 
 VARIED = {"norm.name", "minibatch", "lr.base", "lr.value", "seed"}
+# What the claims of the paper are about; where runs differ in more, they are judged on those like the reference.
+PAPER_VARIES = {"norm", "network", "width", "data", "size", "epochs", "minibatch", "rate"}
+UNSAID = ("no noise", "no GEMS", "background map")  # said only where there is nothing else to say
 
 Seeds = dict[int, Run]  # the runs of one setting
 Cells = dict[Setting, Seeds]
+Settings = dict[str, Seeds]  # the runs of each setting, by its name
 
 
 class Estimate(NamedTuple):
@@ -33,11 +41,6 @@ class Estimate(NamedTuple):
     leans: bool = True  # whether it says anything at all
 
 
-def setting(run: Run) -> Setting:
-    """What a run is matched by; its rate to four digits."""
-    return Setting(run.network, run.norm, run.minibatch, float(f"{run.rate:.4g}"))
-
-
 def label(of: Setting) -> str:
     """Such as "SegNet BN, minibatch 4, rate 0.08"."""
     network, norm = NAMES.get(of.network, of.network), NAMES.get(of.norm, of.norm)
@@ -45,22 +48,28 @@ def label(of: Setting) -> str:
 
 
 def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
-    """Runs by setting and seed, and a line for each reason why some must stay out.
+    """Runs by setting (its rate to four digits) and seed, and a line for each reason why some must stay out.
 
     Of every network, the largest group of runs with the same settings stays; BN and AGC may have options of their own,
     but of each norm's runs only those with the commonest options stay.
     """
+
+    def settings(run: Run) -> dict[str, str]:
+        keys = [key for key in sorted(run.settings) if key not in VARIED | FREE and not key.startswith("norm.")]
+        return {key: str(run.settings[key]) for key in keys} | {"processes": str(run.processes)}
+
+    def options(run: Run) -> dict[str, str]:
+        return {key: str(run.settings[key]) for key in sorted(run.settings) if key.startswith("norm.options.")}
+
     kept: Cells = {}
-    notes = []
+    notes: list[str] = []
     for network in dict.fromkeys(run.network for run in runs):
-        group, notes_here = _alike([run for run in runs if run.network == network], _settings)
-        notes += notes_here
+        group = _alike([run for run in runs if run.network == network], settings, notes)
         for norm in dict.fromkeys(run.norm for run in group):
-            alike, notes_here = _alike([run for run in group if run.norm == norm], _norm_options)
-            notes += notes_here
-            for run in alike:
-                keep(kept.setdefault(setting(run), {}), run, notes)
-    return kept, notes + _between_networks(kept)
+            for run in _alike([run for run in group if run.norm == norm], options, notes):
+                of = Setting(run.network, run.norm, run.minibatch, float(f"{run.rate:.4g}"))
+                keep(kept.setdefault(of, {}), run, notes)
+    return kept, notes
 
 
 def keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
@@ -70,6 +79,140 @@ def keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
         best, rest = sorted((other, run), key=lambda r: (r.state == "unfinished", -r.last_epoch))
         seeds[run.seed or 0] = best
         notes.append(f"not compared, since {best.name} has the same settings and seed: {rest.name}")
+
+
+def _alike(runs: list[Run], settings: Callable[[Run], dict], notes: list[str]) -> list[Run]:
+    """The largest group of runs that agree in their settings; why the others are not in it goes to the notes."""
+    usual = dict(Counter(tuple(settings(run).items()) for run in runs).most_common(1)[0][0])
+    apart: dict[str, list[str]] = {}  # what differs -> names of runs
+    alike = []
+    for run in runs:
+        here = settings(run)
+        keys = [key for key in sorted(here.keys() | usual.keys()) if here.get(key) != usual.get(key)]
+        if keys:
+            what = ", ".join(f"{key} is {here.get(key)}, not {usual.get(key)}" for key in keys)
+            apart.setdefault(what, []).append(run.name)
+        else:
+            alike.append(run)
+    notes += [f"not compared with the others, since {what}: {', '.join(apart[what])}" for what in apart]
+    return alike
+
+
+def is_figure1(runs: list[Run], kept: Cells) -> bool:
+    """Whether a folder holds the paper's experiment: runs of that name, or most of its twelve settings."""
+    named = any("figure1" in str(run.settings.get("name")) for run in runs)
+    return (named and any(of in kept for of in RUNS)) or sum(of in kept for of in RUNS) > len(RUNS) / 2
+
+
+def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
+    """Runs by setting and seed, in the order of their names (of norms: the order of `NORMS`), and notes on twins.
+
+    A setting is named by what differs between any of the runs, such as "instance", "background window" or
+    "momentum 0.9875, rate 0.0025"; what is so in nearly all settings is said only where it is not so.
+    """
+
+    def name(run: Run) -> str:
+        texts = [text for key, text in run.words.items() if key in keys and text != common.get(key)]
+        return ", ".join([text for text in texts if text not in UNSAID] or texts or [run.words["norm"]])
+
+    keys, common = varying(runs), usual(runs)
+    groups: Settings = {}
+    notes: list[str] = []
+    names = {run.name: name(run) for run in runs}
+    for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
+        keep(groups.setdefault(names[run.name], {}), run, notes)
+    return groups, notes
+
+
+def varying(runs: list[Run]) -> list[str]:
+    """The keys of `describe` in which runs differ; options of a norm or a network are compared among its runs only."""
+
+    def differs(key: str) -> bool:
+        owner = key.partition(":")[0] if ":" in key else ""
+        return len({run.words.get(key) for run in runs if not owner or owner in (run.norm, run.network)}) > 1
+
+    return [key for key in dict.fromkeys(key for run in runs for key in run.words) if differs(key)]
+
+
+def usual(runs: list[Run]) -> dict[str, str]:
+    """What is so in more than two thirds of the settings, though not in all: key of `describe` -> words."""
+    keys, answer = varying(runs), {}
+    settings = {tuple(run.words.get(key) for key in keys) for run in runs}
+    for key, column in zip(keys, zip(*settings, strict=True), strict=False):
+        said = [text for text in column if text is not None]
+        text, times = Counter(said).most_common(1)[0]
+        if 3 * times > 2 * len(said):
+            answer[key] = text
+    return answer
+
+
+def reference_of(groups: Settings, name: str | None = None) -> str:
+    """The setting that the others are compared with: the one named, or else the one nearest to the defaults.
+
+    That is the fewest keys off the defaults (AGC, no noise, ...) or off what is so in nearly all settings; of several
+    the one with most seeds.
+
+    Raises:
+        UserError: there is no setting of that name.
+    """
+    if name is not None:
+        for known in groups:
+            if known.casefold() == name.casefold():
+                return known
+        raise UserError(f"no setting is named {name!r}; choose from: {'; '.join(groups)}")
+    runs = [run for seeds in groups.values() for run in seeds.values()]
+    keys, default = varying(runs), flat(asdict(Config())) | {"norm.options.mean_scale": 1.0}
+    default = describe(default | {"norm.options.background": "map"}) | usual(runs)
+
+    def rank(known: str) -> tuple[int, int]:
+        words = next(iter(groups[known].values())).words
+        return sum(words.get(key, default.get(key)) != default.get(key) for key in keys), -len(groups[known])
+
+    return min(groups, key=rank)
+
+
+def of_settings(runs: list[Run]) -> bool:
+    """Whether an experiment compares settings that the paper's claims do not speak of."""
+    return bool({*varying(runs)} - PAPER_VARIES) or not {run.norm for run in runs} <= {"bn", "agc"}
+
+
+def like(runs: list[Run], reference: Run) -> list[Run]:
+    """Those set up as the reference but for norm, minibatch and rate: what the paper's claims are about."""
+    return [run for run in runs if {*varying([reference, run])} <= {"norm", "minibatch", "rate"}]
+
+
+def shared(runs: list[Run]) -> str:
+    """What the settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
+    keys, words = varying(runs), runs[0].words
+    texts = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
+    texts += [f"{text} unless said" for text in usual(runs).values() if text not in UNSAID]
+    return "; ".join([*dict.fromkeys(run.title for run in runs), *[", ".join(texts)][: len(texts)]])
+
+
+def common_epoch(runs: list[Run]) -> int:
+    """The last epoch that all have reached, diverged runs apart; 0 if there is none."""
+    return min([run.last_epoch for run in runs if run.held] or [run.last_epoch for run in runs], default=0)
+
+
+def epoch_of(groups: Settings) -> int:
+    """At which settings are compared: the last that all finished runs have, or if none is finished, all runs."""
+    runs = [run for seeds in groups.values() for run in seeds.values()]
+    return common_epoch([run for run in runs if run.state == "finished"] or runs)
+
+
+def held(seeds: Seeds, epoch: int) -> Seeds:
+    """The seeds that have come to an epoch and did not diverge."""
+    return {seed: run for seed, run in seeds.items() if run.held and run.last_epoch >= epoch}
+
+
+def by_error(groups: Settings, epoch: int) -> list[str]:
+    """The names of settings by their final error; those that have none are the last."""
+
+    def error(name: str) -> float:
+        values = [final_error(run, epoch) for run in held(groups[name], epoch).values()]
+        return float(np.mean([value for value in values if math.isfinite(value)] or math.inf))
+
+    return sorted(groups, key=error)
 
 
 def unlike(runs: list[Run]) -> str:
@@ -85,18 +228,6 @@ def unlike(runs: list[Run]) -> str:
         if len(values) > 1:
             return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
     return ""
-
-
-def is_figure1(runs: list[Run], kept: Cells) -> bool:
-    """Whether a folder holds the paper's experiment: runs of that name, or most of its twelve settings."""
-    named = any("figure1" in str(run.settings.get("name")) for run in runs)
-    return (named and any(of in kept for of in RUNS)) or sum(of in kept for of in RUNS) > len(RUNS) / 2
-
-
-def common_epoch(runs: list[Run]) -> int:
-    """The last epoch that all have reached, diverged runs apart; 0 if there is none."""
-    held = [run.last_epoch for run in runs if run.state != "diverged"]
-    return min(held or [run.last_epoch for run in runs], default=0)
 
 
 def difference(ours: float, theirs: float) -> float:
@@ -131,7 +262,7 @@ def compare(
         return "needs runs with the same seed on both sides"
     runs = [side[seed] for seed in seeds for side in (ours, theirs)]
     epoch = common_epoch(runs)
-    if not epoch and any(run.state != "diverged" for run in runs):
+    if not epoch and any(run.held for run in runs):
         return "needs an epoch that all of the runs have finished"
     measured = {run.name: measure(run, epoch) for run in runs}
     unmeasured = [name for name, value in measured.items() if math.isnan(value)]
@@ -141,81 +272,43 @@ def compare(
     gaps = [(difference if math.inf in pair else gap)(*pair) for pair in pairs if pair != (math.inf, math.inf)]
     if not gaps:
         return "both sides diverged"
-    estimate = _estimate(gaps, seeds, ours, theirs, epoch, resample)
-    planned, diverged = runs[0].epochs, sum(run.state == "diverged" for run in runs)
-    basis = estimate.basis + f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
-    weak, leans = estimate.weak, True
-    if epoch < planned and any(run.state != "diverged" for run in runs):
+    n, value, weak, leans = len(gaps), float(np.mean(gaps)), "", True
+    if np.isinf(gaps).any():
+        low, high, basis = min(gaps), max(gaps), f"{n} seed{'s' * (n > 1)}"
+    elif n > 1:
+        (low, high), basis = t_interval(gaps), f"{n} seeds, paired"
+    else:
+        found = resample(ours[seeds[0]], theirs[seeds[0]], epoch) if resample and len(seeds) == 1 else None
+        low, high, basis = found or (math.nan, math.nan, "one seed, no interval")
+        weak = "one seed"
+    planned, diverged = runs[0].epochs, sum(not run.held for run in runs)
+    basis += f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
+    if epoch < planned and any(run.held for run in runs):
         basis, weak = f"{basis}, at epoch {epoch} of {planned}", "the runs are unfinished"
-        leans = not math.isnan(estimate.low)
+        leans = not math.isnan(low)
     if all(run.at("pixel_error", epoch) >= run.commonest_class_error for run in runs):
         weak, leans = "no run is better than naming the commonest class", False
-    return estimate._replace(basis=basis, weak=weak, leans=leans)
+    return Estimate(value, low, high, basis, weak, leans)
 
 
-def _estimate(gaps, seeds, ours, theirs, epoch, resample) -> Estimate:
-    n, value = len(gaps), float(np.mean(gaps))
-    if np.isinf(gaps).any():
-        return Estimate(value, min(gaps), max(gaps), f"{n} seed{'s' * (n > 1)}")
-    if n > 1:
-        return Estimate(value, *t_interval(gaps), f"{n} seeds, paired")
-    found = resample(ours[seeds[0]], theirs[seeds[0]], epoch) if resample and len(seeds) == 1 else None
-    low, high, basis = found or (math.nan, math.nan, "one seed, no interval")
-    return Estimate(value, low, high, basis, "one seed")
-
-
-def by_images(which: int, gap: Callable = difference) -> Callable:
-    """Resampling of validation images, paired; of the share of wrong pixels in % (0) or the loss (1)."""
+def by_images(column: str, gap: Callable = difference, scale: float = 1) -> Callable:
+    """For `compare`: resampling of validation images, paired; of a column of `Run.images`."""
 
     def resample(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str] | None:
-        if not ours.images or not theirs.images or ours.images.keys() != theirs.images.keys():
+        if ours.images is None or theirs.images is None or {*ours.images.index} != {*theirs.images.index}:
             return None
         if {ours.last_epoch, theirs.last_epoch} != {epoch}:
             return None  # images.csv is of the last epoch only
-        pairs = np.array([[ours.images[name][which], theirs.images[name][which]] for name in ours.images])
-        pairs = pairs[np.isfinite(pairs).all(1)] * (100 if which == 0 else 1)
-        if not len(pairs):
+        both = ours.images[[column]].join(theirs.images[column], rsuffix=" of theirs").to_numpy() * scale
+        both = both[np.isfinite(both).all(1)]
+        if not len(both):
             return None
-        low, high = bootstrap(lambda drawn: gap(pairs[drawn, 0].mean(1), pairs[drawn, 1].mean(1)), len(pairs))
-        return low, high, f"one seed; over its {len(pairs)} validation images only, not over trainings"
+        low, high = bootstrap(lambda a, b: gap(a.mean(-1), b.mean(-1)), *both.T)
+        return low, high, f"one seed; over its {len(both)} validation images only, not over trainings"
 
     return resample
 
 
-def _alike(runs: list[Run], settings: Callable[[Run], dict]) -> tuple[list[Run], list[str]]:
-    """The largest group of runs that agree in their settings, and why the others are not in it."""
-    usual, _ = Counter(tuple(settings(run).items()) for run in runs).most_common(1)[0]
-    usual, alike = dict(usual), []
-    apart: dict[str, list[str]] = {}  # what differs -> names of runs
-    for run in runs:
-        here = settings(run)
-        differing = [key for key in sorted(here.keys() | usual.keys()) if here.get(key) != usual.get(key)]
-        if differing:
-            what = ", ".join(f"{key} is {here.get(key)}, not {usual.get(key)}" for key in differing)
-            apart.setdefault(what, []).append(run.name)
-        else:
-            alike.append(run)
-    return alike, [f"not compared with the others, since {what}: {', '.join(apart[what])}" for what in apart]
-
-
-def _settings(run: Run) -> dict[str, str]:
-    keys = [key for key in sorted(run.settings) if key not in VARIED | FREE and not key.startswith("norm.")]
-    return {key: str(run.settings[key]) for key in keys} | {"processes": str(run.processes)}
-
-
-def _norm_options(run: Run) -> dict[str, str]:
-    return {key: str(run.settings[key]) for key in sorted(run.settings) if key.startswith("norm.options.")}
-
-
-def _between_networks(kept: Cells) -> list[str]:
-    some = {of.network: _settings(next(iter(seeds.values()))) for of, seeds in kept.items()}
-    notes = []
-    for network in [*some][1:]:
-        first = next(iter(some))
-        here, there = some[network], some[first]
-        keys = [k for k in there if (k.startswith("data.") or k == "epochs") and here.get(k) != there[k]]
-        if keys:
-            what = ", ".join(f"{key} ({there[key]} and {here.get(key)})" for key in keys)
-            names = " and ".join(NAMES.get(name, name) for name in (first, network))
-            notes.append(f"{names} differ in {what}: they are not compared with each other")
-    return notes
+def _natural(text: str) -> list:
+    """For sorting: numbers by their value."""
+    return [(0, float(part), "") if part[:1].isdigit() else (1, 0, part) for part in re.split(r"(\d+\.?\d*)", text)]

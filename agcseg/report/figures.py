@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import fill
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from agcseg.figure1 import PANELS, Panel, Setting
-from agcseg.report.compare import Cells, Seeds, label
-from agcseg.report.read import NAMES, NORMS, SHORT, Run
-from agcseg.report.settings import Settings, by_error, epoch_of, held, shared
-from agcseg.report.statistics import t_interval
+from agcseg.report.claims import Verdict
+from agcseg.report.compare import Cells, Seeds, Settings, by_error, epoch_of, held, label, of_settings
+from agcseg.report.measures import NOT_SUPPORTED, SUPPORTED, t_interval
+from agcseg.report.read import NAMES, NORMS, Run
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")
@@ -26,39 +28,85 @@ STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, 
 }  # fmt: skip
 SAME_SCALE = ("ab", "cd", "e", "f", "gh")  # panels that the paper compares; ClassNet's loss has one part more
 ROLES = {"encoder": "#0072B2", "lateral": "#009E73", "decoder": "#D55E00", "head": "#000000"}
+VERDICTS = {SUPPORTED: "#0072B2", NOT_SUPPORTED: "#D55E00"}
 LABEL = 32  # letters in a line of a setting's name
-TITLE = 150  # letters in a line of what settings share
+METRICS = (("pixel_error", "validation pixel error, %"), ("val_loss", "validation loss"))
 
 Curve = tuple[Run, np.ndarray]  # a run and its points (n, 2), finite ones only
 
 
-def figure(runs: list[Run]) -> Figure:
-    """Pixel error (%) and loss against the epoch: a column per normalisation, two rows per `Run.title`."""
-    norms = sorted({run.norm for run in runs}, key=lambda norm: ([*NORMS, norm].index(norm), norm))
-    colours = dict(zip(sorted({run.minibatch for run in runs}), COLOURS * len(runs), strict=False))
-    groups = {run.title: [r for r in runs if r.title == run.title] for run in runs}
-    fig = Figure(figsize=(3.6 * max(2, len(norms)) + 2.6, 5.8 * len(groups)), dpi=120, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    for part, (title, group) in zip(fig.subfigures(len(groups), 1, squeeze=False).flat, groups.items(), strict=True):
-        styles = _line_styles(group, colours)
-        commonest = sorted({round(100 * r.commonest_class_error, 1) for r in group if r.commonest_class_error >= 0})
-        part.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-        axes = part.subplots(2, len(norms), sharex=True, sharey="row", squeeze=False)
-        axes[0, 0].set(ylabel="validation pixel error, %", xlim=(0.5, group[0].epochs + 0.5))
-        axes[0, 0].locator_params(axis="x", integer=True)
-        axes[1, 0].set_ylabel("validation loss")
-        for norm, (top, bottom) in zip(norms, axes.T, strict=True):
-            top.set_title(NORMS.get(norm, norm), loc="left", fontsize=11)
-            bottom.set_xlabel("epoch")
-        high = _draw_row(axes[0], norms, group, styles, "pixel_error", commonest)
-        _draw_row(axes[1], norms, group, styles, "val_loss", [])
-        legend = [Line2D([], [], **style) for style in {s["label"]: s for s in styles.values()}.values()]
-        names = [f"commonest class: {error} %" + "\n(off the scale)" * (error > high) for error in commonest]
-        legend += [Line2D([], [], color="0.5", ls="--", lw=1, label=name) for name in names]
-        ends = {run.state: END_MARKERS[run.state] for run in group if run.state in END_MARKERS}
-        legend += [Line2D([], [], color="0.3", ls="", label=state, **marker) for state, marker in ends.items()]
-        part.legend(handles=legend, loc="outside right upper", fontsize=9, frameon=False)
+def figure(groups: Settings, reference: str) -> Figure:
+    """Pixel error (%) and loss of each setting: against the epoch (above), and at the epoch of the tables (below).
+
+    A curve is the mean over the seeds; where there are few settings a band shows the smallest and the largest. Below,
+    a dot is a seed and a bar the mean, with its 95 % interval from three seeds on. The rows are the legend. Where BN
+    and AGC are compared at several minibatches or rates, each has a panel of its own, on the same scale.
+
+    Args:
+        groups: of `agcseg.report.compare.by_setting`.
+        reference: the name of the setting that is drawn thicker.
+    """
+    epoch, styles = epoch_of(groups), setting_styles([*groups])
+    order, runs = by_error(groups, epoch), [run for seeds in groups.values() for run in seeds.values()]
+    norms = sorted({run.norm for run in runs}, reverse=True)  # BN, as in the paper, first
+    apart = not of_settings(runs) and len(groups) > len(norms) > 1
+    lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
+    above, below = 3.4 * (1 + apart), 0.75 + (0.07 + 0.16 * lines) * len(order)
+    fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    axes = fig.subplots(2 + apart, 2, height_ratios=[above / (1 + apart)] * (1 + apart) + [below])
+    commonest = sorted({round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0})
+    for column, (metric, title) in enumerate(METRICS):
+        levels = commonest if metric == "pixel_error" else []
+        scale = y_range([(run, points(run, metric)) for run in runs], levels)
+        panels = [(axes[column, i], [norm]) for i, norm in enumerate(norms)] if apart else [(axes[0, column], norms)]
+        for axis, shown in panels:
+            part = {name: seeds for name, seeds in groups.items() if next(iter(seeds.values())).norm in shown}
+            heading = f"{NORMS.get(shown[0], shown[0])}: {title}" if apart else title
+            _draw_curves(axis, part, metric, heading, scale, levels, reference, styles, len(part) <= 4)
+        _draw_rows(axes[-1, column], groups, order, metric, epoch, styles)
+    _label_rows(axes[-1, 0], order, reference, styles)
     return fig
+
+
+def _draw_curves(axis, groups: Settings, metric, title, scale, levels, reference, styles, band: bool) -> None:
+    runs, (low, high) = [run for seeds in groups.values() for run in seeds.values()], scale
+    for level in levels:
+        axis.axhline(level, color="0.6", ls=":", lw=1)
+        if low < level < high:  # a text elsewhere would take the room of the axes
+            at = {"xy": (0.995, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axis.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
+    for name, seeds in groups.items():
+        style = styles[name] | {"lw": 2.6 if name == reference else 1.5}
+        _draw_mean(axis, [run for run in seeds.values() if run.held], metric, style, band)
+        for run in seeds.values():
+            curve = points(run, metric)
+            if not run.held:
+                axis.plot(*curve.T, **style | {"lw": 0.9})
+            _mark_end(axis, run, curve, high, style["color"])
+    axis.set(xlim=(0.5, max(run.epochs for run in runs) + 0.5), ylim=scale, xlabel="epoch")
+    axis.set_title(title, loc="left", fontsize=10)
+    off = _off([(run, points(run, metric)) for run in runs], high)
+    axis.annotate(off, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(alpha=0.25)
+
+
+def _draw_rows(axis: Axes, groups: Settings, order: list[str], metric: str, epoch: int, styles: dict) -> None:
+    values = {name: _values_at(groups[name], metric, epoch) for name in order}
+    limit = _usual_limit([np.mean(of) for of in values.values() if of])
+    texts = [
+        _draw_row_of_seeds(axis, row, values[name], limit, groups[name], styles[name]["color"])
+        for row, name in enumerate(order)
+    ]
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right + 0.35 * (right - left) * any(texts))  # room for the text
+    axis.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=[])
+    what = "seeds, mean, 95 % interval" if any(len(of) > 2 for of in values.values()) else "seeds and mean"
+    what = what if any(len(of) > 1 for of in values.values()) else dict(METRICS)[metric]
+    axis.set_title(f"epoch {epoch}: {what}", loc="left", fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(alpha=0.25)
 
 
 def figure1(cells: Cells) -> Figure:
@@ -78,9 +126,6 @@ def figure1(cells: Cells) -> Figure:
         for panel in panels:
             _draw_panel(axes[panel.letter], panel, cells, high)
             axes[panel.letter].set_ylim(low, high)
-    titles = dict.fromkeys(run.title for seeds in cells.values() for run in seeds.values())
-    note = "line: mean over seeds, band: smallest to largest; cross: diverged, circle: unfinished"
-    fig.suptitle("\n".join([*titles, note]), fontsize=10)
     return fig
 
 
@@ -128,63 +173,9 @@ def lambda_figure(runs: list[Run]) -> Figure:
     return fig
 
 
-def settings_figure(groups: Settings, reference: str) -> Figure:
-    """Pixel error (%) and loss of each setting: against the epoch (above), and at the epoch of the tables (below).
-
-    A curve is the mean over the seeds; where there are few settings a band shows the smallest and the largest. Below,
-    a dot is a seed and a bar the mean, with its 95 % interval from three seeds on. The rows are the legend.
-
-    Args:
-        groups: of `agcseg.report.settings.by_setting`.
-        reference: the name of the setting that is drawn thicker.
-    """
-    epoch, styles = epoch_of(groups), setting_styles([*groups])
-    order = by_error(groups, epoch)
-    runs = [run for seeds in groups.values() for run in seeds.values()]
-    lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
-    above, below = 4.1, 0.75 + (0.07 + 0.16 * lines) * len(order)
-    fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    fig.suptitle(fill(shared(runs), TITLE), x=0.02, ha="left", fontsize=9, color="0.35")
-    axes = fig.subplots(2, 2, height_ratios=(above, below))
-    commonest = {round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0}
-    measures = (("pixel_error", "validation pixel error, %", sorted(commonest)), ("val_loss", "validation loss", []))
-    for (curves, rows), (metric, title, levels) in zip(axes.T, measures, strict=True):
-        drawn = [(run, points(run, metric)) for run in runs]
-        low, high = y_range(drawn, levels)
-        for level in levels:
-            curves.axhline(level, color="0.6", ls=":", lw=1)
-            if low < level < high:  # a text elsewhere would take the room of the axes
-                at = {"xy": (0.995, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                curves.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
-        for name, seeds in groups.items():
-            width = 2.6 if name == reference else 1.5
-            _draw_setting(curves, [*seeds.values()], metric, high, {**styles[name], "lw": width}, len(groups) <= 4)
-        curves.set(xlim=(0.5, max(run.epochs for run in runs) + 0.5), ylim=(low, high), xlabel="epoch")
-        curves.set_title(title, loc="left", fontsize=10)
-        curves.annotate(_off(drawn, high), (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
-        curves.locator_params(axis="x", integer=True)
-        curves.grid(alpha=0.25)
-        values = {name: _values_at(groups[name], metric, epoch) for name in order}
-        limit = _usual_limit([np.mean(of) for of in values.values() if of])
-        texts = [
-            _draw_row_of_seeds(rows, row, values[name], limit, groups[name], styles[name]["color"])
-            for row, name in enumerate(order)
-        ]
-        left, right = rows.get_xlim()
-        rows.set_xlim(left, right + 0.35 * (right - left) * any(texts))  # room for the text
-        rows.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=[])
-        what = "seeds, mean, 95 % interval" if any(len(of) > 2 for of in values.values()) else "seeds and mean"
-        rows.set_title(f"epoch {epoch}: {what}", loc="left", fontsize=9)
-        rows.tick_params(axis="y", length=0)
-        rows.grid(alpha=0.25)
-    _label_rows(axes[1, 0], order, reference, styles)
-    return fig
-
-
 def setting_styles(names: Sequence[str]) -> dict[str, dict]:
     """Colour and dashes of each setting: of a norm always the same, else by its place among the names."""
-    norms = [SHORT.get(norm, norm) for norm in NORMS]
+    norms = [NAMES.get(norm, norm) for norm in NORMS]
     of_norms = 2 * len({*names} & {*norms}) > len(names)
     known = list(dict.fromkeys([*norms * of_norms, *names]))
     return {
@@ -200,7 +191,7 @@ def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
     A line is the mean over the seeds, a band their smallest and largest value; dotted: before training.
 
     Args:
-        groups: of `agcseg.report.settings.lambda_starts`.
+        groups: of `agcseg.report.tables.lambda_starts`.
         names: of all settings of the report, which decide the colours.
     """
     styles = setting_styles(names)
@@ -227,27 +218,80 @@ def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
     return fig
 
 
-def strip(run: Run) -> np.ndarray:
-    """The first row of a run's predictions.png under a caption: (height, 1200, 3) uint8.
+def forest(answers: list[Verdict]) -> Figure | None:
+    """Each part of the claims that has an estimate: value and 95 % interval against the band that it must lie in.
 
-    Raises:
-        OSError, SyntaxError: the picture cannot be read.
+    A row has a scale of its own, which shows its band (grey) and its interval; an arrow points to what is infinite.
+    None where there is no estimate.
     """
-    with Image.open(run.path / "predictions.png") as picture:
-        panels = max(4, picture.width // (run.size[1] + 2))  # side by side, each in its frame; a contour is the fifth
-        height = min(picture.height, round(picture.width / panels * run.size[0] / run.size[1]))
-        scene = ImageOps.contain(picture.convert("RGB").crop((0, 0, picture.width, height)), (1200, 1200))
-    page = ImageOps.expand(scene, (0, 36, 0, 0), "white")
-    text = f"{run.name}, {run.state}: image, prediction, truth and wrong pixels" + ", contour" * (panels > 4)
-    ImageDraw.Draw(page).text((8, 8), text, fill="black", font=ImageFont.load_default(18))
-    return np.asarray(page)
+    parts = [(answer, part) for answer in answers for part in answer.parts if part.known]
+    if not parts:
+        return None
+    fig = Figure(figsize=(5.6, 0.3 + 0.44 * len(parts)), dpi=150, layout="constrained")
+    axis = fig.subplots()
+    for row, (answer, part) in enumerate(parts):
+        value, (low, high), bounds = part.estimate.value, part.interval, part.band
+        known = [end for end in (value, low, high, *bounds) if math.isfinite(end)]
+        away = 0.25 * (max(known) - min(known)) or abs(value) or 1
+        left, width = min(known) - away, max(known) - min(known) + 2 * away
+        value_at, low_at, high_at, *band = np.clip((np.array([value, low, high, *bounds]) - left) / width, 0, 1)
+        axis.barh(row, band[1] - band[0], left=band[0], height=0.36, color="0.88", zorder=0)
+        for end, x in zip(bounds, band, strict=True):
+            if math.isfinite(end):
+                axis.text(x, row, f"{end:{part.form}}", size=6, color="0.45", ha="center", va="center")
+        colour = VERDICTS.get(part.leaning, "0.35")
+        axis.plot([low_at, high_at], [row, row], color=colour, lw=2, solid_capstyle="butt")
+        marker = "o" if math.isfinite(value) else ">" if value > 0 else "<"
+        face = colour if part.verdict == part.leaning else "white"
+        axis.plot(value_at, row, marker, color=colour, mfc=face, ms=6, clip_on=False, zorder=3)
+        axis.text(0, row - 0.36, f"{answer.number}  {part.what}", size=7, va="center")
+        axis.text(1, row - 0.36, f"{value:{part.form}}", size=7, color=colour, va="center", ha="right")
+    axis.set(xlim=(0, 1), ylim=(len(parts) - 0.6, -0.6), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    return fig
+
+
+def predictions(groups: Settings, most: int = 12) -> tuple[Image.Image | None, list[str]]:
+    """The first validation image as each setting's first seed predicts it, and a line for each picture that is broken.
+
+    None where no run has stored its predictions.
+    """
+    rows, broken = [], []
+    for name, run in [(n, run) for n, seeds in groups.items() for run in [*seeds.values()] if _predicted(run)]:
+        if name in [row[0] for row in rows] or len(rows) == most:
+            continue
+        try:
+            with Image.open(_predicted(run)) as picture:
+                panels = max(4, picture.width // (run.size[1] + 2))  # each in its frame; a contour is the fifth
+                height = min(picture.height, round(picture.width / panels * run.size[0] / run.size[1]))
+                scene = picture.convert("RGB").crop((0, 0, picture.width, height))
+                rows.append((name, panels, scene.resize((1200, round(1200 * height / picture.width)))))
+        except (OSError, SyntaxError) as error:
+            broken.append(f"{_predicted(run)}: {error}")
+    if not rows:
+        return None, broken
+    page = Image.new("RGB", (1200, 36 + sum(scene.height + 30 for *_, scene in rows)), "white")
+    draw, y = ImageDraw.Draw(page), 34
+    panels = max(panels for _, panels, _ in rows)
+    for i, text in enumerate(("image", "prediction", "truth", "wrong pixels", "contour")[:panels]):
+        draw.text((1200 * i // panels + 4, 8), text, fill="gray", font=ImageFont.load_default(17))
+    for name, _, scene in rows:
+        draw.text((4, y + 2), name, fill="black", font=ImageFont.load_default(19))
+        page.paste(scene, (0, y + 28))
+        y += scene.height + 30
+    return page, broken
+
+
+def _predicted(run: Run) -> Path | None:
+    file = run.path / "predictions.png"
+    return file if file.is_file() else None
 
 
 def points(run: Run, metric: str) -> np.ndarray:
     """(n, 2): epoch and value where it is finite; errors in %."""
     scale = 100 if metric == "pixel_error" else 1
-    values = zip(run.column("epoch"), run.column(metric), strict=True)
-    return np.array([(epoch, scale * value) for epoch, value in values if math.isfinite(value)]).reshape(-1, 2)
+    values = scale * run.column(metric)
+    return values[np.isfinite(values)].reset_index().to_numpy(float)
 
 
 def y_range(curves: Sequence[Curve], levels: Sequence[float] = (), reach: float = 3) -> tuple[float, float]:
@@ -259,44 +303,13 @@ def y_range(curves: Sequence[Curve], levels: Sequence[float] = (), reach: float 
     """
     there = [curve[:, 1] for _, curve in curves if len(curve)]
     values = np.concatenate(there or [np.ones(1)])
-    steady = [curve[:, 1] for run, curve in curves if len(curve) and run.state != "diverged"] or [values]
+    steady = [curve[:, 1] for run, curve in curves if len(curve) and run.held] or [values]
     low, usual = values.min(), max(np.percentile(v, 70, method="nearest") for v in steady)
     high = max(
         [values[values <= usual + reach * (usual - low)].max(), *(level for level in levels if level <= 2 * usual)]
     )
     margin = 0.06 * (high - low) or 0.1 * high
     return float(max(0, low - margin)), float(high + margin)
-
-
-def _line_styles(group: list[Run], colours: dict[int, str]) -> dict[str, dict]:
-    styles = {}
-    for run in sorted(group, key=lambda run: (run.minibatch, run.rate)):  # the order of the legend
-        same = [r for r in group if (r.norm, r.minibatch, r.rate) == (run.norm, run.minibatch, run.rate)]
-        twins = [r.name for r in same if r.seed == run.seed]  # these differ in something that only the name can tell
-        rates = sorted({r.rate for r in group if r.minibatch == run.minibatch})
-        text = f"minibatch {run.minibatch}, rate {run.rate:.4g}" + ", each seed" * (len(same) > len(twins))
-        styles[run.name] = {
-            "label": text + f"\n({run.name})" * (len(twins) > 1), "color": colours[run.minibatch],
-            "lw": 0.9 if len(same) > len(twins) else 1.7,
-            "ls": LINESTYLES[(rates.index(run.rate) + twins.index(run.name)) % len(LINESTYLES)],
-        }  # fmt: skip
-    return styles
-
-
-def _draw_row(axes, norms: list[str], group: list[Run], styles: dict, metric: str, levels: list) -> float:
-    curves = [(run, points(run, metric)) for run in group]
-    low, high = y_range(curves, levels)
-    for axis, norm in zip(axes, norms, strict=True):
-        panel = [(run, curve) for run, curve in curves if run.norm == norm]
-        for run, curve in panel:
-            (line,) = axis.plot(*curve.T, marker="." if len(curve) <= 15 else "", **styles[run.name])
-            _mark_end(axis, run, curve, high, line.get_color())
-        axis.annotate(_off(panel, high), (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
-        for level in levels:
-            axis.axhline(level, color="0.5", ls="--", lw=1)
-        axis.grid(alpha=0.25)
-        axis.set_ylim(low, high)
-    return high
 
 
 def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
@@ -309,10 +322,10 @@ def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
         seeds = [*cells.get(of, {}).values()]
         colour, line = STYLES[of.norm if panel.letter in "cdef" else of[2:]]
         curves += [(run, points(run, panel.metric)) for run in seeds]
-        held = [run for run in seeds if run.state != "diverged"]
+        held = [run for run in seeds if run.held]
         _draw_mean(axis, held, panel.metric, {"color": colour, "ls": line, "label": _caption(of, panel, seeds)})
         for run, curve in curves[len(curves) - len(seeds) :]:
-            if run.state == "diverged":
+            if not run.held:
                 only = {"label": _caption(of, panel, seeds)} if not held and run is seeds[0] else {}
                 axis.plot(*curve.T, color=colour, ls=line, lw=0.8, **only)
             _mark_end(axis, run, curve, high, colour)
@@ -337,7 +350,7 @@ def _caption(of: Setting, panel: Panel, seeds: list[Run]) -> str:
         "a": f"minibatch {of.minibatch}, rate {of.rate:g}", "b": f"minibatch {of.minibatch}, rate {of.rate:g}",
         "g": f"rate {of.rate:g}", "h": f"rate {of.rate:g}",
     }.get(panel.letter, NAMES[of.norm])  # fmt: skip
-    held = [run for run in seeds if run.state != "diverged"]
+    held = [run for run in seeds if run.held]
     ends = [curve[-1, 1] for run in held if len(curve := points(run, panel.metric))]
     form = ".1f" if panel.metric == "pixel_error" else ".3f"
     end = f": {np.mean(ends):{form}}" + " %" * (panel.metric == "pixel_error") if ends else ""
@@ -346,15 +359,6 @@ def _caption(of: Setting, panel: Panel, seeds: list[Run]) -> str:
     count = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
     diverged = f", {len(seeds) - len(held)} diverged" if held else ", diverged"
     return what + end + until + count + diverged * (len(held) < len(seeds))
-
-
-def _draw_setting(axis: Axes, runs: list[Run], metric: str, high: float, style: dict, band: bool) -> None:
-    _draw_mean(axis, [run for run in runs if run.state != "diverged"], metric, style, band)
-    for run in runs:
-        curve = points(run, metric)
-        if run.state == "diverged":
-            axis.plot(*curve.T, **style | {"lw": 0.9})
-        _mark_end(axis, run, curve, high, style["color"])
 
 
 def _values_at(seeds: Seeds, metric: str, epoch: int) -> list[float]:
@@ -402,13 +406,11 @@ def _draw_mean(axis: Axes, runs: list[Run], metric: str, style: dict, band: bool
     curves = [curve for run in runs if len(curve := points(run, metric))]
     if not curves:
         return
-    epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    values = np.full((len(curves), len(epochs)), np.nan)
-    for row, curve in zip(values, curves, strict=True):
-        row[np.searchsorted(epochs, curve[:, 0])] = curve[:, 1]
-    axis.plot(epochs, np.nanmean(values, 0), marker="." if len(epochs) <= 15 else "", **{"lw": 1.6, **style})
+    table = pd.concat([pd.Series(curve[:, 1], curve[:, 0]) for curve in curves], axis=1).sort_index()
+    epochs, low, high = table.index, table.min(axis=1), table.max(axis=1)
+    axis.plot(epochs, table.mean(axis=1), marker="." if len(epochs) <= 15 else "", **{"lw": 1.6, **style})
     if len(curves) > 1 and band:
-        axis.fill_between(epochs, np.nanmin(values, 0), np.nanmax(values, 0), color=style["color"], alpha=0.18, lw=0)
+        axis.fill_between(epochs, low, high, color=style["color"], alpha=0.18, lw=0)
 
 
 def _mark_end(axis: Axes, run: Run, curve: np.ndarray, high: float, colour: str) -> None:

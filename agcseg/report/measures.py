@@ -1,40 +1,43 @@
-"""What is measured of one run: each a number per run, infinite for failure, nan for what was not recorded."""
+"""What is measured of one run, each a number per run (infinite for failure, nan for what was not recorded); intervals,
+spikes and decisions."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
 from agcseg.report.read import Layers, Run
-from agcseg.report.statistics import FACTOR, spikes
 
+SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH = "supported", "not supported", "not enough data"
 STEADY = 0.1
+WINDOW, SHORTEST, FACTOR = 100, 20, 3.0  # of `spikes`
 
 
 def final_error(run: Run, epoch: int) -> float:
     """%; infinite for a diverged run."""
-    return math.inf if run.state == "diverged" else 100 * run.at("pixel_error", epoch)
+    return 100 * run.at("pixel_error", epoch) if run.held else math.inf
 
 
 def mean_error(run: Run, epoch: int) -> float:
     """Over the epochs so far, %; infinite for a diverged run."""
-    return math.inf if run.state == "diverged" else 100 * float(np.mean(run.column("pixel_error")[:epoch]))
+    return 100 * float(run.column("pixel_error")[:epoch].mean(skipna=False)) if run.held else math.inf
 
 
 def late_error(run: Run, epoch: int) -> float:
     """Over the last three epochs, %; infinite for a diverged run."""
-    values = run.column("pixel_error")[max(0, epoch - 3) : epoch]
-    return math.inf if run.state == "diverged" else 100 * float(np.mean(values or math.nan))
+    return 100 * float(run.column("pixel_error")[:epoch].tail(3).mean(skipna=False)) if run.held else math.inf
 
 
 def final_miou(run: Run, epoch: int) -> float:
     """%; nan for a diverged run."""
-    return math.nan if run.state == "diverged" else 100 * run.at("miou", epoch)
+    return 100 * run.at("miou", epoch) if run.held else math.nan
 
 
 def final_loss(run: Run, epoch: int) -> float:
     """Infinite for a diverged run."""
-    return math.inf if run.state == "diverged" else run.at("val_loss", epoch) or math.nan
+    return run.at("val_loss", epoch) or math.nan if run.held else math.inf
 
 
 def step_losses(run: Run, epoch: int) -> np.ndarray:
@@ -46,15 +49,15 @@ def step_losses(run: Run, epoch: int) -> np.ndarray:
 def spike_rate(run: Run, epoch: int) -> float:
     """Spikes per 1000 steps. Divergence is one; in the first epoch, of which no steps are kept, infinitely many."""
     losses = step_losses(run, epoch).ravel()
-    if run.state == "diverged" and not run.last_epoch:
+    if not run.held and not run.last_epoch:
         return math.inf
-    return 1000 * (len(spikes(losses)[0]) + (run.state == "diverged")) / len(losses) if len(losses) else math.nan
+    return 1000 * (len(spikes(losses)[0]) + (not run.held)) / len(losses) if len(losses) else math.nan
 
 
 def spike_size(run: Run, epoch: int) -> float:
     """Mean log2 of a run's spikes (peak / median); where it has none, of the threshold; infinite for a diverged run."""
     losses = step_losses(run, epoch).ravel()
-    if run.state == "diverged" and (len(losses) or not run.last_epoch):
+    if not run.held and (len(losses) or not run.last_epoch):
         return math.inf
     if not len(losses):
         return math.nan
@@ -111,7 +114,7 @@ def lambda_moved(layers: Layers) -> float:
 
 def speeds(run: Run) -> np.ndarray:
     """Images per second of each epoch, the first left out where there are others: it warms up."""
-    values = np.array(run.column("images_per_second"))
+    values = run.column("images_per_second").to_numpy(float)
     values = values[1:] if len(values) > 1 else values
     return values[np.isfinite(values) & (values > 0)]
 
@@ -131,6 +134,79 @@ def speed(run: Run) -> float:
     return float(np.median(speeds(run))) if len(speeds(run)) else math.nan
 
 
-def memory(run: Run) -> float:
-    """Peak, MiB."""
-    return max((value for value in run.column("peak_memory_mib") if value > 0), default=math.nan)
+def process_memory(run: Run) -> float:
+    """Peak of the whole process, Python and torch included, or on a GPU of CUDA's counter; MiB."""
+    peaks = run.column("peak_memory_mib")
+    return float(peaks[peaks > 0].max())
+
+
+def training_memory(run: Run) -> float:
+    """Peak of what training adds to the idle network, MiB; nan for a run that is older than this figure."""
+    peaks = run.column("training_memory_mib")
+    return float(peaks[peaks > 0].max())
+
+
+def kept_memory(run: Run) -> float:
+    """What is kept for backward in a training step, MiB; nan for a run that is older than this figure."""
+    return run.kept_mib
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two values (Student's t)."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of a statistic of paired samples, drawn 2000 times from a fixed seed.
+
+    Args:
+        statistic: of samples along the last axis.
+        samples: of at least two values each; with fewer the interval is nan.
+    """
+    if len(samples[0]) < 2:
+        return math.nan, math.nan
+    drawn = stats.bootstrap(
+        samples, lambda *parts, axis=-1: statistic(*parts), paired=True, vectorized=True, n_resamples=2000,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def decide(interval: tuple[float, float], band: tuple[float, float]) -> str:
+    """Whether a value known to an interval lies in a band: yes if all of it does, no if none of it does.
+
+    Values may be infinite, as the error of a diverged run is, and so may the band's ends. One that diverged is enough
+    against a band with finite ends.
+    """
+    (low, high), (lower, upper) = interval, band
+    bounded = math.isfinite(upper - lower)
+    if high <= lower or low >= upper and upper < math.inf or bounded and not math.isfinite(high - low):
+        return NOT_SUPPORTED
+    return SUPPORTED if lower < low and (high < upper or upper == math.inf) else NOT_ENOUGH
+
+
+def combine(answers: list[str]) -> str:
+    """One answer for a claim of several parts: each must hold, and one that does not is enough against it."""
+    if NOT_SUPPORTED in answers:
+        return NOT_SUPPORTED
+    return SUPPORTED if answers and {*answers} == {SUPPORTED} else NOT_ENOUGH
+
+
+def spikes(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spikes of a training loss: steps above 3 times the median of the (up to) 100 steps before them.
+
+    The first 20 steps have too little before them and are never spikes. Consecutive steps above are one spike.
+
+    Args:
+        losses: (steps,), finite.
+
+    Returns:
+        the step at which each spike begins, and its size: the largest loss divided by its median, over the spike.
+    """
+    before = pd.Series(losses).rolling(WINDOW, min_periods=SHORTEST).median().shift()
+    ratio = np.nan_to_num(losses / before.to_numpy(), nan=0.0)
+    above = ratio > FACTOR
+    begins = np.flatnonzero(above & ~np.r_[False, above[:-1]])
+    ends = np.flatnonzero(above & ~np.r_[above[1:], False])
+    return begins, np.array([ratio[b : e + 1].max() for b, e in zip(begins, ends, strict=True)])

@@ -1,55 +1,51 @@
-"""The report as a page: the same content as Markdown and as one HTML file with its pictures inside."""
+"""The report as a page: page.jinja, filled once as one HTML file with its pictures inside, and once as Markdown."""
 
 import base64
-import csv
 import io
 import os
-from collections import Counter
+import re
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
-import numpy as np
+import jinja2
+import pandas as pd
+from markupsafe import Markup, escape
 from PIL import Image
 
-from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS
+from agcseg.figure1 import PANELS, PAPER_ERRORS
 from agcseg.report.claims import MARGIN, Verdict, verdicts
-from agcseg.report.compare import Cells, cells, is_figure1
-from agcseg.report.figures import figure, figure1, lambda_figure, lambda_starts_figure, settings_figure, strip
-from agcseg.report.read import Run, read_folder
-from agcseg.report.settings import (
-    DIFFERENCES,
-    INTERVALS,
-    SETTINGS,
-    Settings,
-    compared,
+from agcseg.report.compare import Cells, by_setting, cells, epoch_of, is_figure1, like, of_settings, reference_of
+from agcseg.report.figures import figure, figure1, forest, lambda_figure, lambda_starts_figure, predictions
+from agcseg.report.read import Run, read_folders
+from agcseg.report.tables import (
     costs_compared,
     differences_table,
-    epoch_of,
+    environment_table,
+    headline,
     lambda_memory,
     lambda_starts,
-    like,
+    panel_table,
+    reached_table,
+    runs_table,
     settings_table,
-    shared,
+    summarise,
 )
-from agcseg.report.tables import EXPLAINED, panel_table, reached_table, summarise, table_text
 
-HOW = """A verdict is "supported" if the whole 95 % interval lies where the claim puts it, "not supported" if all of it
-lies elsewhere, else "not enough data". Differences are paired by seed (Student's t). One seed decides nothing that
-depends on how a training goes: its interval covers the choice of validation images only, and where it leans is said in
-brackets. A diverged run counts as infinitely bad. Time and memory are compared on the same device only, and say nothing
-if other programs shared it. A spike is a stretch of steps whose loss is above 3 times the median of the 100 steps
-before; its size is peak / median."""
+HOW = """A verdict is "supported" if the whole 95 % interval lies where the claim puts it (grey in the figure), "not
+supported" if all of it lies elsewhere, else "not enough data". Differences are paired by seed (Student's t). One seed
+decides nothing that depends on how a training goes: its interval covers the choice of validation images only, and where
+it leans is said in brackets (a hollow dot). A diverged run counts as infinitely bad. Time and memory are compared on
+the same device only, and say nothing if other programs shared it. A spike is a stretch of steps whose loss is above 3
+times the median of the 100 steps before; its size is peak / median."""
 ALIKE = " Judged on the runs that differ from the reference in norm, minibatch and rate only."
+RESULTS = """Validation at epoch {epoch}, the best first; best figures bold: pixel error, mean error of the last three
+epochs (less noisy) and of all epochs, mIoU, loss; n: seeds. From three seeds on, ± is the 95 % interval of the mean
+(Student's t; not corrected for the number of comparisons); of two seeds both values are in brackets. Diverged runs are
+counted, not averaged."""
 PAPER = "The paper: Cityscapes, 256x512, 150 epochs, SegNet and ClassNet at full width, one run each."
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:0 1rem;color:#222}
-img{max-width:100%;height:auto}div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
-th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}li{margin:.3rem 0}
-.supported{background:#d3ebf8}.not-supported{background:#fbdccb}.not-enough-data{background:#eee}
-h1,h2,h3{line-height:1.25}"""
-
-# A part of the page: ("h2" or "h3" or "p", text), ("ul", texts), ("table", rows) or ("img", path, what it shows).
-Block = tuple
+RUNS = """error, mIoU, loss: validation, last epoch; last 5: mean error, last five epochs; best: smallest error and its
+epoch; all px: error over all pixels; img/s: median; MiB: peak of the process, on a GPU of CUDA's counter; training: of
+what training adds to the idle network; kept: for backward in a step."""
 
 
 def write_report(
@@ -58,10 +54,11 @@ def write_report(
     """Writes report.html, report.md, report.csv and the pictures; see `agcseg-report --help`.
 
     Args:
-        found: the answer of `read_folder`; broken pictures are added to its broken files, and to its notes why some of
-            the runs are not compared.
+        folder: where to; it is made if need be.
+        found: the answer of `read_folders`, by default of this folder; broken pictures are added to its broken files,
+            and to its notes why some of the runs are not compared.
         margin: see `agcseg.report.verdicts`.
-        reference: name of the setting that the others are compared with; see `agcseg.report.settings.compared`.
+        reference: name of the setting that the others are compared with; see `agcseg.report.compare.reference_of`.
 
     Returns:
         the paths that were written, and the verdicts.
@@ -69,115 +66,103 @@ def write_report(
     Raises:
         UserError: the folder holds nothing to report, the margin is not positive, or there is no such reference.
     """
-    folder, (runs, broken, notes) = Path(folder), found or read_folder(folder)
-    groups, reference, twins = compared(runs, reference)
-    kept, apart = cells(like(runs, next(iter(groups[reference].values()))) if groups else runs)
+    folder, (runs, broken, notes) = Path(folder), found or read_folders(folder)
+    groups, twins = by_setting(runs)
+    kept, apart = cells(runs)
+    base, of_paper, alike = reference_of(groups, reference), is_figure1(runs, kept), False
+    if of_settings(runs) and not of_paper or reference is not None:
+        alike, of_paper = True, False
+        kept, apart = cells(like(runs, next(iter(groups[base].values()))))
     notes += dict.fromkeys(twins + apart)
-    of_paper = not groups and is_figure1(runs, kept)
     answers = verdicts(kept, margin, of_paper)
-    drawn = settings_figure(groups, reference) if groups else figure1(kept) if of_paper else figure(runs)
-    paths = [_save(drawn, folder / ("figure1.png" if of_paper else "figure.png"))]
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"figure1.png": figure1(kept)} if of_paper else {"figure.png": figure(groups, base)}
     shown, starts = _with_lambda(kept), lambda_starts(groups)
-    if starts or shown:
-        drawn = lambda_starts_figure(starts, [*groups]) if starts else lambda_figure(shown)
-        paths.append(_save(drawn, folder / "lambda.png"))
-    strips = []
-    for run in runs:
-        try:
-            strips += [strip(run)] if (run.path / "predictions.png").is_file() else []
-        except (OSError, SyntaxError) as error:
-            broken.append(f"{run.path / 'predictions.png'}: {error}")
-    if strips:
-        paths.append(_replace(folder / "predictions.png", Image.fromarray(np.vstack(strips)).save))
-    diverged = [f"{run.name} diverged: {run.reason}" for run in runs if run.reason]
-    pictures = {path.name: path for path in paths}
-    blocks = _content(runs, kept, answers, pictures, [*diverged, *broken, *notes], groups, reference)
-    title, rows = folder.resolve().name, [summarise(run) for run in runs]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([rows[0], *map(dict.values, rows)])
-    texts = {"report.html": html(title, blocks), "report.md": markdown(title, blocks), "report.csv": table.getvalue()}
+    drawn["lambda.png"] = lambda_starts_figure(starts, [*groups]) if starts else lambda_figure(shown) if shown else None
+    drawn["forest.png"] = forest(answers)
+    paths = [
+        _replace(folder / name, lambda to, f=fig: f.savefig(to, format="png")) for name, fig in drawn.items() if fig
+    ]
+    scenes, unreadable = predictions(groups)
+    broken += unreadable
+    if scenes:
+        paths.append(_replace(folder / "predictions.png", lambda to: scenes.save(to, "png")))
+    content = {
+        "headline": headline(runs, groups, of_paper), "broken": broken, "answers": answers,
+        "results": settings_table(groups, base), "claims": _claims(answers),
+        "about_results": f"{' '.join(RESULTS.format(epoch=epoch_of(groups)).split())} {costs_compared(groups)[2]}",
+        "about_claims": " ".join(HOW.split()) + ALIKE * alike,
+        "about_lambda": _about_lambda(starts), "details": _details(runs, groups, base, kept, of_paper, notes),
+    }  # fmt: skip
+    title = folder.resolve().name
+    table = pd.DataFrame([summarise(run) for run in runs], dtype=object)
+    texts = {
+        "report.html": fill(title, {path.name: _inline(path) for path in paths}, content, html=True),
+        "report.md": fill(title, {path.name: path.name for path in paths}, content, html=False),
+        "report.csv": table.to_csv(index=False, lineterminator="\n"),
+    }
     for name, text in texts.items():
         paths.append(_replace(folder / name, lambda temporary, t=text: temporary.write_text(t, "utf-8")))
     return paths, answers
 
 
-def _content(
-    runs: list[Run],
-    kept: Cells,
-    answers: list[Verdict],
-    pictures: dict[str, Path],
-    notes: list[str],
-    groups: Settings,
-    reference: str,
-) -> list[Block]:
-    of_paper = "figure1.png" in pictures
-    titles = [shared(runs)] if groups else {run.title: 0 for seeds in kept.values() for run in seeds.values()}
-    states = Counter(run.state for run in runs)
-    what = ", ".join(f"{number} {state}" for state, number in states.items())
-    blocks: list[Block] = [("p", f"{len(runs)} runs: {what}. {'; '.join(titles)}.")]
-    if of_paper:
-        there = sum(of in kept for of in RUNS)
-        blocks.append(("p", f"{there} of the {len(RUNS)} settings of Figure 1 are there. {PAPER} {_same_data(kept)}"))
-    curves = ("img", pictures.get("figure.png"), "validation error and loss against the epoch")
-    if groups:
-        blocks += [("h2", "Settings"), *_settings(groups, reference), curves]
-    if answers:
-        blocks += [("h2", "The paper's claims"), ("table", [["", "claim", "verdict"]] + [
-            [str(answer.number), answer.claim, answer.answer] for answer in answers])]  # fmt: skip
-        blocks.append(("p", HOW + ALIKE * bool(groups)))
-        for answer in answers:
-            blocks.append(("h3", f"{answer.number}. {answer.claim}: {answer.answer}"))
-            blocks.append(("ul", [part.text for part in answer.parts]))
-    if not of_paper and not groups:
-        blocks += [("h2", "Curves"), curves]
-    if of_paper:
-        blocks += [("h2", "Figure 1"), ("img", pictures["figure1.png"], curves[2])]
-        captions = " ".join(f"({panel.letter}) {panel.caption}." for panel in PANELS)
-        blocks += [("p", captions), ("h3", "Last values of the panels"), ("table", panel_table(kept))]
-        text = "At the last epoch that all runs of a panel reached: mean and, in brackets, extremes over the seeds."
-        blocks.append(("p", f"{text} The paper gives {len(PAPER_ERRORS)} numbers. {PAPER} {_same_data(kept)}"))
-    reached = reached_table(kept)
-    if len(reached) > 1:
-        blocks += [("h2", "Epochs to the other's last error"), ("table", reached)]
-    starts = lambda_starts(groups)
-    if starts:
-        text = (
-            "Mean λ of each layer before training (dotted) and at the end. How far the settings lie apart at the end is"
-        )
-        text += f" {lambda_memory(starts):.0%} of how far they did at the start, on average over the layers."
-        blocks += [("h2", "λ"), ("img", pictures["lambda.png"], "mean λ of each layer at start and end"), ("p", text)]
-    elif "lambda.png" in pictures:
-        blocks += [("h2", "λ"), ("img", pictures["lambda.png"], "λ against depth at the end, and over the epochs")]
-    blocks += [("h2", "Runs"), ("table", table_text([summarise(run) for run in runs])), ("p", EXPLAINED)]
-    if "predictions.png" in pictures:
-        blocks += [
-            ("h2", "Predictions"),
-            ("img", pictures["predictions.png"], "the first validation image, run by run"),
-        ]
-    if notes:
-        blocks += [("h2", "Notes"), ("ul", notes)]
-    return blocks
-
-
-def _settings(groups: Settings, reference: str) -> list[Block]:
-    _, _, costs = costs_compared(groups)
-    return [
-        ("table", settings_table(groups, reference)),
-        ("p", f"{SETTINGS.format(epoch=epoch_of(groups))} {INTERVALS} {costs}"),
-        ("table", differences_table(groups, reference)),
-        ("p", DIFFERENCES.format(reference=reference)),
-    ]
-
-
-def _same_data(kept: Cells) -> str:
-    paper = ("cityscapes", (256, 512), 150, 1.0)
-    here = {(run.data, run.size, run.epochs, run.width) for seeds in kept.values() for run in seeds.values()}
-    same = here == {paper}
-    return (
-        "These runs have that setting."
-        if same
-        else "These runs have another: their errors and verdicts hold for it alone."
+def fill(title: str, pictures: dict[str, str], content: dict, html: bool) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True)
+    text = page.get_template("page.jinja").render(
+        content, title=title, pictures=pictures, html=html, bold=_bold if html else str, mark=_mark
     )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _bold(text: str) -> Markup:
+    """Markdown's **bold**, as a table has it."""
+    bold = text.startswith("**") and text.endswith("**")
+    return Markup("<b>{}</b>").format(text.strip("*")) if bold else escape(text)
+
+
+def _mark(text: str) -> Markup:
+    """The class of a verdict."""
+    kinds = [kind for kind in ("not supported", "not enough data", "supported") if text.startswith(kind)]
+    return Markup(f' class="{kinds[0].replace(" ", "-")}"' if kinds else "")
+
+
+def _claims(answers: list[Verdict]) -> pd.DataFrame:
+    """All claims and their parts as one table, for Markdown."""
+    lines = []
+    for number, claim, parts, answer in [(a.number, a.claim, a.parts, a.answer) for a in answers]:
+        lines.append([f"**{number}. {claim}**", "", "", f"**{answer}**"])
+        lines += [[p.what + f" ({p.basis})" * p.known, p.measured, p.wanted, p.answer] for p in parts]
+    heads = ["claim, and what was measured", "estimate (95 % interval)", "expected", "verdict"]
+    return pd.DataFrame(lines, columns=heads)
+
+
+def _about_lambda(starts) -> str:
+    if not starts:
+        return "Left: λ of the filters of each layer at the end. Right: the mean of each layer over the epochs."
+    return f"""Mean λ of each layer before training (dotted) and at the end. At the end the settings lie apart by
+{lambda_memory(starts):.0%} of what they did at the start, on average over the layers.""".replace("\n", " ")
+
+
+def _details(runs: list[Run], groups, base: str, kept: Cells, of_paper: bool, notes: list[str]) -> list[tuple]:
+    """What is folded away: (heading, table or None, text or lines)."""
+    paper = {("cityscapes", (256, 512), 150, 1.0)}
+    here = {(run.data, run.size, run.epochs, run.width) for seeds in kept.values() for run in seeds.values()}
+    same = "These runs have that setting."
+    other = "These runs have another: their errors and verdicts hold for it alone."
+    captions = " ".join(f"({panel.letter}) {panel.caption}." for panel in PANELS)
+    panels = f"""At the last epoch that all runs of a panel reached: mean and, in brackets, extremes over the seeds. The
+paper gives {len(PAPER_ERRORS)} numbers. {PAPER} {same if here == paper else other} {captions}""".replace("\n", " ")
+    notes = [f"{run.name} diverged: {run.reason}" for run in runs if run.reason] + notes
+    less = f"Setting − {base}, paired by seed (n: pairs). Below zero is better, but for mIoU."
+    return [
+        ("Last values of Figure 1's panels, beside the paper's", panel_table(kept) if of_paper else [], panels),
+        ("Differences", differences_table(groups, base), less),
+        ("Epochs to the other norm's last error", reached_table(kept), "The first epoch that is at least as good."),
+        ("All runs", runs_table(runs), " ".join(RUNS.split())),
+        ("What the runs were made with differs", environment_table(runs), "As each run's environment.json says."),
+        ("Notes", None if notes else [], notes),
+    ]
 
 
 def _with_lambda(kept: Cells) -> list[Run]:
@@ -190,49 +175,6 @@ def _with_lambda(kept: Cells) -> list[Run]:
     return [*chosen.values()]
 
 
-def markdown(title: str, blocks: list[Block]) -> str:
-    lines = [f"# {title}", ""]
-    for kind, content, *more in blocks:
-        if kind == "table":
-            head, *body = [[cell.replace("|", "\\|") for cell in row] for row in content]
-            lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
-        elif kind == "ul":
-            lines += [f"- {item}" for item in content]
-        elif kind == "img":
-            lines.append(f"![{more[0]}]({content.name})")
-        else:
-            lines.append({"h2": "## ", "h3": "### ", "p": ""}[kind] + content)
-        lines.append("")
-    return "\n".join(lines)
-
-
-def html(title: str, blocks: list[Block]) -> str:
-    """One file that needs no other: pictures are inside, there are no scripts."""
-    parts = [f"<h1>{escape(title)}</h1>"]
-    for kind, content, *more in blocks:
-        if kind == "table":
-            head, *body = [[_cell(text, "th" if row is content[0] else "td") for text in row] for row in content]
-            rows = "\n".join(f"<tr>{''.join(row)}</tr>" for row in (head, *body))
-            parts.append(f'<div class="wide"><table>\n{rows}\n</table></div>')
-        elif kind == "ul":
-            parts.append("<ul>\n" + "\n".join(_cell(item, "li") for item in content) + "\n</ul>")
-        elif kind == "img":
-            parts.append(f'<p><img alt="{escape(more[0])}" src="{_inline(content)}"></p>')
-        else:
-            parts.append(f"<{kind}>{escape(content)}</{kind}>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)}</title><style>\n{STYLE}\n</style>"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
-
-
-def _cell(text: str, tag: str) -> str:
-    kinds = [kind for kind in ("not supported", "not enough data", "supported") if text.startswith(kind)]
-    mark = f' class="{kinds[0].replace(" ", "-")}"' if kinds else ""
-    return f"<{tag}{mark}>{escape(text)}</{tag}>"
-
-
 def _inline(path: Path) -> str:
     """A picture as a data URL; photographs as JPEG, which is a tenth of the size."""
     if path.name != "predictions.png":
@@ -241,10 +183,6 @@ def _inline(path: Path) -> str:
     with Image.open(path) as picture:
         picture.save(buffer, "jpeg", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _save(fig, path: Path) -> Path:
-    return _replace(path, lambda temporary: fig.savefig(temporary, format="png"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> Path:

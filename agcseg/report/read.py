@@ -1,15 +1,16 @@
 """The runs of a folder, read from what a training run leaves there. Nothing is trusted: a broken file is named."""
 
-import csv
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -23,18 +24,18 @@ NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", 
          "frn": "Filter response norm.", "ws": "Weight standardisation",
          "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
-         "agc": "AGC"}  # fmt: skip
-SHORT = NAMES | {"none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}
+         "agc": "AGC", "none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}  # fmt: skip
 # Settings that change nothing that is computed: where things lie, and how fast they go.
 FREE = {
     "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images",
     "data.root", "data.cache_dir", "network.implementation", "network.options.recompute",
 }  # fmt: skip
+NEEDED = ("network.name", "norm.name", "data.name", "data.size", "minibatch", "epochs")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
-seconds peak_memory_mib""".split()
+seconds peak_memory_mib training_memory_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
 
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, YAMLError, OmegaConfBaseException)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, YAMLError, OmegaConfBaseException)
 
 
 @dataclass
@@ -66,14 +67,16 @@ class Run:
     state: str  # "finished", "diverged" or "unfinished"
     reason: str
     commonest_class_error: float
-    rows: dict[str, list[float]]  # known column of metrics.csv -> one number per row, nan where the cell is empty
+    metrics: pd.DataFrame  # the numbers of metrics.csv by epoch, from 1 on; nan where nothing was measured
     settings: dict[str, Any] = field(default_factory=dict)  # the whole configuration, its keys with dots
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
     processes: int = 1
+    kept_mib: float = math.nan  # kept for backward in a step; nan: not recorded
+    environment: dict[str, Any] = field(default_factory=dict)  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
     layers: Layers | None = None  # None: not recorded, or no λ
-    images: dict[str, tuple[float, float]] | None = None  # of the last epoch: name -> share of wrong pixels, loss
+    images: pd.DataFrame | None = None  # of the last epoch, by name: "wrong" (share of the labelled pixels), "loss"
 
     @property
     def title(self) -> str:
@@ -81,38 +84,59 @@ class Run:
         network = NAMES.get(self.network, self.network) + ("" if self.width is None else f", width {self.width:g}")
         return f"{network}, {NAMES.get(self.data, self.data)} {self.size[0]}x{self.size[1]}, {self.epochs} epochs"
 
-    def column(self, key: str) -> list[float]:
-        """One column of metrics.csv from epoch 1 on; nan where nothing was measured."""
-        values = self.rows.get(key, [math.nan] * len(self.rows["epoch"]))
-        return [value for epoch, value in zip(self.rows["epoch"], values, strict=True) if epoch >= 1]
+    @property
+    def held(self) -> bool:
+        return self.state != "diverged"
 
     @property
     def last_epoch(self) -> int:
-        return int(max(self.column("epoch"), default=0))
+        return int(self.metrics.index.max()) if len(self.metrics) else 0
+
+    def column(self, key: str) -> pd.Series:
+        """One column of metrics.csv by epoch; nan where nothing was measured."""
+        return self.metrics.get(key, pd.Series(math.nan, self.metrics.index))
 
     def at(self, key: str, epoch: int) -> float:
         """A figure of metrics.csv at one epoch; nan if it is not there."""
-        return dict(zip(self.column("epoch"), self.column(key), strict=True)).get(epoch, math.nan)
+        return float(self.column(key).get(epoch, math.nan))
 
 
-def read_runs(folder: str | Path) -> list[Run]:
-    """The readable runs of a folder, ordered by network, normalisation, minibatch, rate and seed. See `read_folder`."""
-    return read_folder(folder)[0]
+def read_runs(*folders: str | Path) -> list[Run]:
+    """The readable runs of some folders. See `read_folders`."""
+    return read_folders(*folders)[0]
 
 
-def read_folder(folder: str | Path) -> tuple[list[Run], list[str], list[str]]:
-    """The runs of a folder, a line for each broken file, and a line for each half-written run.
+def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]:
+    """The runs of one folder or several, a line for each broken file, and a line for each half-written run.
 
-    A run whose configuration, metrics or result is broken is left out; one whose steps, layers or images are broken is
-    reported without them.
+    They are ordered by network, normalisation, minibatch, rate and seed. A run whose configuration, metrics or result
+    is broken is left out; one whose other files are broken is reported without them. Runs of several folders have their
+    folder in their name; where two folders hold the same run, the folder is one of the settings that differ.
 
     Raises:
-        UserError: the folder is missing or holds no run that can be read.
+        UserError: a folder is missing or holds no run that can be read.
     """
-    folder, advice = Path(folder), "make runs with: agcseg-train -m experiment=demo"
+    runs, broken, notes = [], [], []
+    names = [Path(folder).resolve().name for folder in folders]
+    for folder, name in zip(map(Path, folders), names, strict=True):
+        here = _read_folder(folder, broken, notes)
+        if len(folders) > 1:
+            for run in here:
+                run.name = f"{name if names.count(name) < 2 else folder}/{run.name}"
+        runs += here
+    tellings = [(tuple(run.words.items()), run.seed) for run in runs]
+    if len(folders) > 1 and len({*tellings}) < len(runs):
+        for run in runs:
+            run.words["folder"] = run.name.rpartition("/")[0]
+    runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
+    return runs, broken, notes
+
+
+def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:
+    advice = "make runs with: agcseg-train -m experiment=demo"
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; expected a folder of runs, such as outputs/demo; {advice}")
-    runs, broken, notes = [], [], []
+    runs, already = [], len(broken) + len(notes)
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
         try:
@@ -127,9 +151,8 @@ def read_folder(folder: str | Path) -> tuple[list[Run], list[str], list[str]]:
     if not runs:
         advice = "this is a single run: give its parent folder" if (folder / "metrics.csv").is_file() else advice
         found = f"no run to report in {folder}: looked for {folder / 'RUN'}/config.yaml and metrics.csv"
-        raise UserError("; ".join([found, *broken, *notes, advice]))
-    runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
-    return runs, broken, notes
+        raise UserError("; ".join([found, *[*broken, *notes][already:], advice]))
+    return runs
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
@@ -150,7 +173,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     for key in ("minibatch", "momentum", "momentum_match"):
         setattr(rate_of, key, rest.pop(key))
     norm, network = rest.pop("norm.name"), rest.pop("network.name")
-    words = {"norm": SHORT.get(norm, norm)}
+    words = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     start, background, window, quantile, gradient = (
         rest.pop(f"norm.options.{key}", None)
         for key in ("mean_scale", "background", "window", "quantile", "median_gradient")
@@ -158,13 +181,11 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
     if background is not None:
-        extent = {"window": window, "trimmed": quantile, "median": "with gradient" if gradient else None}.get(
-            background
-        )
+        extent = {"window": window, "trimmed": quantile, "median": "with gradient" if gradient else None}
+        extent = extent.get(background)
         words[f"{norm}:background"] = f"background {background}" + f" {extent}" * (extent not in (None, 0.5))
-    words["network"] = SHORT.get(network, network)
     words["width"] = f"width {rest.pop('network.width')}"
-    words["data"] = SHORT.get(rest["data.name"], rest.pop("data.name"))
+    words["data"] = NAMES.get(rest["data.name"], rest.pop("data.name"))
     words["size"] = "x".join(map(str, rest.pop("data.size")))
     words["init"] = f"init {rest.pop('network.init')}"
     words["minibatch"] = f"minibatch {rate_of.minibatch}"
@@ -186,11 +207,14 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
 
 def _read_run(path: Path, broken: list[str]) -> Run:
     result = _read(path / "result.json", _result) or {"state": "unfinished"}
-    rows = _read(path / "metrics.csv", _metrics) or {"epoch": []}
-    run = _read(path / "config.yaml", lambda file: _run(path, result, rows, OmegaConf.load(file)))
-    for name, reader in (("steps.npy", _steps), ("layers.csv", _layers), ("images.csv", _images)):
+    metrics = _read(path / "metrics.csv", _metrics)
+    metrics = pd.DataFrame(index=pd.Index([], dtype=int, name="epoch")) if metrics is None else metrics
+    run = _read(path / "config.yaml", lambda file: _run(path, result, metrics, OmegaConf.load(file)))
+    readers = {"steps.npy": _steps, "layers.csv": _layers, "images.csv": _images, "environment.json": _environment}
+    for name, reader in readers.items():
         try:
-            setattr(run, name.partition(".")[0], _read(path / name, reader))
+            found = _read(path / name, reader)
+            setattr(run, name.partition(".")[0], {} if found is None and reader is _environment else found)
         except UserError as error:
             broken.append(str(error))
     return run
@@ -204,28 +228,24 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
-def _run(path: Path, result: dict, rows: dict, config) -> Run:
-    def get(key: str, kind: type, needed: bool = True):
-        value = OmegaConf.select(config, key)
-        if value is None and needed:
-            raise ValueError(f"{key} is missing")
-        return None if value is None else kind(value)
-
-    minibatch, effective, size = get("minibatch", int), get("lr.value", float, False), get("data.size", list)
-    if effective is None:
-        effective = get("lr.base", float) * minibatch * minibatch / (get("momentum_match", int, False) or minibatch)
-    height, width = size
-    commonest = result.get("commonest_class_error")
-    settings = flat(asdict(Config())) | flat(OmegaConf.to_container(config))  # a run may be older than a key
-    processes = int(result.get("processes") or 1)
+def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
+    missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} is missing")
+    settings = flat(asdict(Config())) | flat(OmegaConf.to_container(config, resolve=True))  # may be older than a key
+    get, (height, width) = settings.get, settings["data.size"]
+    minibatch, match = int(get("minibatch")), get("momentum_match")
+    scaled = float(get("lr.base")) * minibatch * minibatch / int(match or minibatch)
+    commonest, processes = result.get("commonest_class_error"), int(result.get("processes") or 1)
     return Run(
-        name=path.name, path=path, network=get("network.name", str), width=get("network.width", float, False),
-        norm=get("norm.name", str), minibatch=minibatch, seed=get("seed", int, False), epochs=get("epochs", int),
-        rate=effective, data=get("data.name", str),
-        size=(int(height), int(width)), state=result["state"], reason=str(result.get("reason") or ""), rows=rows,
+        name=path.name, path=path, network=str(get("network.name")), norm=str(get("norm.name")), minibatch=minibatch,
+        width=None if get("network.width") is None else float(get("network.width")), data=str(get("data.name")),
+        rate=scaled if get("lr.value") is None else float(get("lr.value")), size=(int(height), int(width)),
+        seed=None if get("seed") is None else int(get("seed")), epochs=int(get("epochs")), state=result["state"],
+        reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, processes=processes,
         commonest_class_error=math.nan if commonest is None else float(commonest),
-        settings=settings, words=describe(settings, processes), device=str(result.get("device") or ""),
-        processes=processes,
+        words=describe(settings, processes), device=str(result.get("device") or ""),
+        kept_mib=float(result.get("kept_for_backward_mib") or "nan"),
     )  # fmt: skip
 
 
@@ -238,21 +258,39 @@ def _result(file: Path) -> dict:
     return result
 
 
-def _metrics(file: Path) -> dict[str, list[float]]:
-    header, *lines = [*csv.reader(file.read_text(encoding="utf-8").splitlines())] or [[]]
-    if not {"epoch", "pixel_error", "val_loss"} <= {*header}:
-        raise ValueError("expected at least the columns epoch, pixel_error and val_loss")
-    known = [column for column in header if column in COLUMNS or column.startswith("iou/")]
-    rows: list[dict[str, float]] = []
-    for number, cells in enumerate(lines, start=2):
+def _environment(file: Path) -> dict[str, Any]:
+    return flat(dict(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _table(file: Path, numbers: Collection[str], *needed: str) -> pd.DataFrame:
+    """The columns that are known or needed; those of `numbers` as numbers, nan for an empty cell.
+
+    Raises:
+        ValueError: a column is missing, a cell is no number, or a line is cut off.
+    """
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    missing = [key for key in needed if key not in table]
+    if missing:
+        raise ValueError(f"expected the columns {', '.join(missing)}")
+    cut = table.isna().any(axis=1)
+    if cut.any():
+        raise ValueError(f"line {cut.idxmax() + 2}: expected {len(table.columns)} cells")
+    for key in [key for key in table if key in numbers]:
         try:
-            texts = dict(zip(header, cells, strict=True))
-            row = {column: float(texts[column].strip() or "nan") for column in known}
-            row["epoch"] = int(row["epoch"])
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"line {number}: {error}; expected {len(header)} cells of numbers") from None
-        rows = [r for r in rows if r["epoch"] < row["epoch"]] + [row]  # a resumed run goes through some epochs again
-    return {column: [row[column] for row in rows] for column in known}
+            table[key] = pd.to_numeric(table[key])
+        except ValueError as error:  # pandas counts from 0, and without the headings
+            where = re.sub(r" at position (\d+)$", lambda found: f" in line {int(found[1]) + 2}", str(error))
+            raise ValueError(f"{key}: {where}") from None
+    return table[[key for key in table if key in (*numbers, *needed)]]
+
+
+def _metrics(file: Path) -> pd.DataFrame:
+    table = _table(file, COLUMNS, "epoch", "pixel_error", "val_loss")
+    if table.epoch.isna().any():
+        raise ValueError(f"line {table.epoch.isna().argmax() + 2}: no epoch")
+    later = table.epoch[::-1].cummin()[::-1].shift(-1, fill_value=math.inf)
+    table = table[table.epoch < later]  # a resumed run goes through some epochs again
+    return table[table.epoch >= 1].astype({"epoch": int}).set_index("epoch")
 
 
 def _steps(file: Path) -> np.ndarray:
@@ -262,42 +300,27 @@ def _steps(file: Path) -> np.ndarray:
     return losses.sum(2)
 
 
-def _dicts(file: Path, expected: set[str]) -> list[dict[str, str]]:
-    with open(file, encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        if not expected <= {*(reader.fieldnames or ())}:
-            raise ValueError(f"expected the columns {', '.join(sorted(expected))}")
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames)} cells")
-            rows.append(row)
-    return rows
-
-
 def _layers(file: Path) -> Layers | None:
-    rows = _dicts(file, {"epoch", "layer", "role", "num_features", *LAMBDA})
-    cells = {(int(row["epoch"]), row["layer"]): row for row in rows if row["lambda_mean"].strip()}
-    epochs = sorted({epoch for epoch, _ in cells})
-    names = [layer for epoch, layer in cells if epoch == epochs[-1]]
-    if not names:
+    table = _table(file, ("epoch", "num_features", *LAMBDA), "epoch", "layer", "role", "num_features", *LAMBDA)
+    numbers = table[table.lambda_mean.notna()].drop_duplicates(["epoch", "layer"], keep="last")
+    if not len(numbers):
         return None  # a norm without λ
-    if len(cells) != len(epochs) * len(names):
-        raise ValueError(f"expected {len(names)} layers in each of {len(epochs)} epochs, found {len(cells)} rows")
-    last = [cells[epochs[-1], name] for name in names]
+    last = numbers[numbers.epoch == numbers.epoch.max()]
+    epochs, names = np.unique(numbers.epoch), last.layer.tolist()
+    if len(numbers) != len(epochs) * len(names):
+        raise ValueError(f"expected {len(names)} layers in each of {len(epochs)} epochs, found {len(numbers)} rows")
     return Layers(
         names=names,
-        roles=[row["role"] for row in last],
-        num_features=np.array([int(row["num_features"]) for row in last]),
-        epochs=np.array(epochs),
-        values={key: np.array([[float(cells[e, n][key]) for n in names] for e in epochs]) for key in LAMBDA},
+        roles=last.role.tolist(),
+        num_features=last.num_features.to_numpy(int),
+        epochs=epochs.astype(int),
+        values={key: numbers.pivot(index="epoch", columns="layer", values=key)[names].to_numpy() for key in LAMBDA},
     )
 
 
-def _images(file: Path) -> dict[str, tuple[float, float]]:
-    """Per image the share of wrong pixels, nan where none is labelled, and the loss."""
-    images = {}
-    for row in _dicts(file, {"image", "wrong_pixels", "labelled_pixels", "loss"}):
-        wrong, labelled = float(row["wrong_pixels"]), float(row["labelled_pixels"])
-        images[row["image"]] = (wrong / labelled if labelled else math.nan, float(row["loss"]))
-    return images
+def _images(file: Path) -> pd.DataFrame:
+    numbers = ("wrong_pixels", "labelled_pixels", "loss")
+    table = _table(file, numbers, "image", *numbers).set_index("image")
+    return pd.DataFrame(
+        {"wrong": table.wrong_pixels / table.labelled_pixels.where(table.labelled_pixels > 0), "loss": table.loss}
+    )

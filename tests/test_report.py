@@ -19,16 +19,18 @@ from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
 from agcseg.report import (
     Run,
+    by_setting,
     cells,
     figure,
     figure1,
     lambda_figure,
-    read_folder,
+    read_folders,
     read_runs,
+    reference_of,
     summarise,
     write_report,
 )
-from agcseg.report.tables import reached_table
+from agcseg.report.tables import environment_table, reached_table
 
 HEADER = (
     "epoch,samples,rate,train_loss,val_loss,pixel_error,pixel_error_all,miou,gradient_norm,images_per_second,seconds,"
@@ -88,7 +90,7 @@ def test_table_has_the_hand_computed_values(folder):
         "minibatch": 4, "rate": 0.08, "seed": 0, "epochs": 7, "epochs_planned": 10, "state": "finished",
         "final_error": 0.2, "mean_error_last5": 0.152, "best_error": 0.1, "best_epoch": 4, "error_all_pixels": 0.21,
         "miou": 0.8, "val_loss": 0.4, "commonest_class_error": 0.6, "minutes": 3.5, "images_per_second": 94.0,
-        "peak_memory_mib": 507.0,
+        "peak_memory_mib": 507.0, "training_memory_mib": None, "kept_for_backward_mib": None,
     }  # fmt: skip
     assert rows["agc_4"] == {key: pytest.approx(v) if isinstance(v, float) else v for key, v in expected.items()}
     assert rows["bn_4"]["mean_error_last5"] == pytest.approx(0.5)  # three epochs only
@@ -104,7 +106,7 @@ def test_states_and_what_was_not_measured(folder):
     assert [diverged[k] for k in ("rate", "epochs", "final_error", "best_error")] == [0.5, 2, None, 0.6]
     assert runs["bn_1"].reason == "the loss is nan"
     assert summarise(runs["bn_8"])["commonest_class_error"] is None
-    assert len(runs["bn_8"].rows["epoch"]) == 2 and math.isnan(runs["bn_8"].rows["train_loss"][0])
+    assert runs["bn_8"].metrics.index.tolist() == [1] and math.isnan(runs["bn_8"].at("miou", 2))
     make_run(folder, "new", [], state="unfinished")
     new = summarise(next(run for run in read_runs(folder) if run.name == "new"))
     assert (new["epochs"], new["final_error"], new["best_epoch"], new["peak_memory_mib"]) == (0, None, None, None)
@@ -114,7 +116,7 @@ def test_resumed_run_counts_the_later_pass(folder):
     file = folder / "bn_4" / "metrics.csv"
     file.write_text(file.read_text() + "2,,,,1,0.3,,,,,,,,\n")
     (run,) = [run for run in read_runs(folder) if run.name == "bn_4"]
-    assert run.column("epoch") == [1, 2] and run.column("pixel_error") == [0.6, 0.3]
+    assert run.column("pixel_error").to_dict() == {1: 0.6, 2: 0.3}
 
 
 @pytest.mark.parametrize(
@@ -123,19 +125,20 @@ def test_resumed_run_counts_the_later_pass(folder):
         ("metrics.csv", HEADER + "\n1,8,0.1,1,1,abc,1,1,1,1,1,1,1,\n", "line 2: could not convert"),
         ("metrics.csv", HEADER + "\n1,8\n", "line 2"),
         ("metrics.csv", HEADER + "\n,8,0.1,1,1,1,1,1,1,1,1,1,1,\n", "line 2"),
-        ("metrics.csv", "", "columns epoch, pixel_error and val_loss"),
+        ("metrics.csv", "", "columns epoch, pixel_error"),
+        ("metrics.csv", "epoch,loss\n1,2\n", "expected the columns pixel_error, val_loss"),
         ("metrics.csv", b"\xff\xfe", "decode"),
         ("result.json", '{"state": ', "Expecting value"),
         ("result.json", '{"state": "fine"}', '"state" is neither'),
         ("config.yaml", "norm: [1, {", "line 1"),
-        ("config.yaml", "norm: {name: bn}", "minibatch is missing"),
+        ("config.yaml", "norm: {name: bn}", "data.size and minibatch and epochs: missing"),
         ("config.yaml", CONFIG.format(norm="bn", minibatch="many", seed=0, rate=1), "many"),
         ("config.yaml", CONFIG.format(norm="'${nothing}'", minibatch=1, seed=0, rate=1), "nothing"),
     ],
 )
 def test_broken_files_are_named_and_the_rest_is_read(folder, name, content, says):
     (folder / "agc_4" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    runs, (line,), notes = read_folder(folder)
+    runs, (line,), notes = read_folders(folder)
     assert [run.name for run in runs] == ["bn_1", "bn_4", "bn_8"] and not notes
     assert line.startswith(f"{folder / 'agc_4' / name}: ") and says in line and "\n" not in line
 
@@ -147,14 +150,14 @@ def test_program_names_broken_files(folder, capsys):
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert len(lines) == 2 and "bn_8/metrics.csv: " in lines[0] and "agc_4/predictions.png: cannot" in lines[1]
-    assert "bn_4 " in out and "agc_4 " in out and "bn_8 " not in out
+    assert "1 diverged, 2 finished" in out and "minibatch 8" not in out
     assert "bn_8/metrics.csv" in (folder / "report.md").read_text()
 
 
 def test_half_a_run_is_noted(folder, capsys):
     (folder / "bn_4" / "metrics.csv").unlink()
     (folder / "unrelated").mkdir()
-    runs, broken, notes = read_folder(folder)
+    runs, broken, notes = read_folders(folder)
     assert len(runs) == 3 and not broken and len(notes) == 1 and "bn_4" in notes[0] and "metrics.csv" in notes[0]
     assert main([str(folder)]) == 0 and "note: bn_4" in capsys.readouterr().out
 
@@ -171,16 +174,21 @@ def test_nothing_to_report(tmp_path, folder, capsys):
 
 def test_files_written(folder):
     paths, answers = write_report(folder)
-    assert sorted(p.name for p in paths) == ["figure.png", "predictions.png", "report.csv", "report.html", "report.md"]
+    assert sorted(p.name for p in paths) == [
+        "figure.png", "forest.png", "predictions.png", "report.csv", "report.html", "report.md",
+    ]  # fmt: skip
     assert not [p for p in folder.iterdir() if p.is_file() and p not in paths]  # no temporary files
     with open(folder / "report.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert float(rows["agc_4"]["mean_error_last5"]) == pytest.approx(0.152) and rows["bn_1"]["final_error"] == ""
     markdown = (folder / "report.md").read_text()
-    assert "| agc_4 | segnet | 0.25 | streets | 64x128 | agc | 4 | 0.08 | 0 | 7 | finished | 20.00% |" in markdown
+    assert "| agc_4 | finished | 7 | 20.00% | 15.20% | 10.00% | 4 | 21.00% | 80.00% | 0.400 |" in markdown
+    assert (
+        "| AGC | 4 | 0.08 | 1 |" in markdown and "4 runs with one seed: SegNet, width 0.25, streets, 64x128" in markdown
+    )
     assert "bn_1 diverged: the loss is nan" in markdown
     with Image.open(folder / "predictions.png") as picture:
-        assert picture.size == (1200, 2 * (150 + 36))  # 512x64 at 1200 pixels width, under a caption, for two runs
+        assert picture.size == (1200, 36 + 2 * (150 + 30))  # 512x64 at 1200 pixels width, under a caption, for two runs
 
 
 def ink(path):
@@ -188,15 +196,25 @@ def ink(path):
         return picture.size, np.asarray(picture.convert("RGB")).reshape(-1, 3)
 
 
-def test_figure_is_drawn(folder, tmp_path):
+def drawn(runs):
+    groups, _ = by_setting(runs)
+    return figure(groups, reference_of(groups))
+
+
+def test_figure_has_a_panel_for_each_norm_where_only_minibatch_and_rate_differ(folder, tmp_path):
     runs = read_runs(folder)
-    figure(runs).savefig(tmp_path / "all.png")
-    size, pixels = ink(tmp_path / "all.png")
-    assert size == (1176, 696)
-    for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)):  # one per minibatch
+    axes = drawn(runs).axes
+    assert [axis.get_title("left") for axis in axes[:4]] == [
+        "Batch normalisation: validation pixel error, %", "AGC: validation pixel error, %",
+        "Batch normalisation: validation loss", "AGC: validation loss",
+    ]  # fmt: skip
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    fig = drawn(runs)
+    fig.savefig(tmp_path / "all.png")
+    _, pixels = ink(tmp_path / "all.png")
+    for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)):
         assert (pixels == colour).all(axis=1).sum() > 20
-    figure([r for r in runs if r.minibatch == 4]).savefig(tmp_path / "part.png")
-    assert not (ink(tmp_path / "part.png")[1] == (0x00, 0x9E, 0x73)).all(axis=1).any()
+    assert len(drawn([run for run in runs if run.minibatch == 4]).axes) == 4  # two curves: one panel, not one each
 
 
 def test_figure_of_several_seeds_twins_networks_and_nothing_measured(tmp_path):
@@ -208,13 +226,11 @@ def test_figure_of_several_seeds_twins_networks_and_nothing_measured(tmp_path):
     make_run(tmp_path, "new", [], "other", state="unfinished")
     runs = read_runs(tmp_path)
     assert [run.norm for run in runs] == ["bn"] * 3 + ["agc"] * 2 + ["group", "other"]
-    figure(runs).savefig(tmp_path / "figure.png")
-    assert ink(tmp_path / "figure.png")[0] == (2040, 696)
-    runs[0].network = "other"  # a pair of rows of its own
-    figure(runs).savefig(tmp_path / "figure.png")
-    assert ink(tmp_path / "figure.png")[0] == (2040, 1392)
+    drawn(runs).draw_without_rendering()
     for run in runs[-2:]:
-        figure([run]).savefig(tmp_path / "figure.png")
+        drawn([run]).draw_without_rendering()
+    write_report(tmp_path)
+    assert "not compared, since twin" in (tmp_path / "report.md").read_text()
 
 
 def test_title_names_the_data():
@@ -230,11 +246,15 @@ def test_program_prints_the_table(folder, capsys):
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == f"{folder}: 1 diverged, 2 finished, 1 unfinished"
-    assert lines[1] == "network segnet, width 0.25, data streets, size 64x128, seed 0, commonest class 60.00%"
+    assert lines[1].startswith(
+        "4 runs with one seed: SegNet, width 0.25, streets, 64x128, 10 epochs. 4 settings, which"
+    )
+    assert "Not all finished: 1 diverged, 1 unfinished." in lines[1] and "One seed does not say" in lines[1]
+    assert "Pixel error of SegNet at epoch 3: BN 50.0 %; AGC 20.0 %." in lines[1]
     assert lines[-1] == f"tensorboard --logdir {folder}"
     assert f"wrote {folder / 'figure.png'}" in lines and "note: bn_1 diverged: the loss is nan" in lines
-    (row,) = [line.split() for line in lines if line.startswith("agc_4 ")]
-    assert row[:8] == ["agc_4", "agc", "4", "0.08", "7", "finished", "20.00%", "15.20%"]
+    (row,) = [line.split() for line in lines if line.split()[:2] == ["AGC", "4"]]
+    assert row[:5] == ["AGC", "4", "0.08", "1", "20.0"]
 
 
 def test_program_help_and_imports(folder, capsys):
@@ -277,7 +297,7 @@ def test_report_of_figure1(tmp_path, capsys):
     assert main([str(folder)]) == 0
     out = capsys.readouterr().out
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
-        "figure1.png", "lambda.png", "predictions.png", "report.csv", "report.html", "report.md",
+        "figure1.png", "forest.png", "lambda.png", "predictions.png", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
     lines = [line for line in out.splitlines() if line.startswith("claim ")]
     assert len(lines) == 7 and lines[0].startswith("claim 1: AGC equals batch normalisation (BN) in final error: ")
@@ -286,12 +306,12 @@ def test_report_of_figure1(tmp_path, capsys):
     page, text = ((folder / name).read_text() for name in ("report.html", "report.md"))
     reader = blocks_of(page)
     assert not reader.open and "script" not in reader.tags and 'name="viewport"' in page
-    assert len(reader.sources) == 3 and all(source.startswith("data:image/") for source in reader.sources)
+    assert len(reader.sources) == 4 and all(source.startswith("data:image/") for source in reader.sources)
     sizes = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in reader.sources]
-    for size, name in zip(sizes, ("figure1.png", "lambda.png", "predictions.png"), strict=True):
+    for size, name in zip(sizes, ("figure1.png", "predictions.png", "forest.png", "lambda.png"), strict=True):
         with Image.open(folder / name) as there:
             assert there.size == size and f"]({name})" in text
-    assert 'class="not-enough-data">not enough data' in page and 'class="supported">supported' in page
+    assert 'class="answer not-enough-data">not enough data' in page and 'class="answer supported">supported' in page
     for content in (page, text):
         assert "11 of the 12 settings of Figure 1 are there" in content and "Cityscapes, 256x512, 150 epochs" in content
         assert "needs SegNet AGC, minibatch 8, rate 0.32" in content
@@ -334,7 +354,7 @@ def test_a_spike_does_not_squash_the_scale(tmp_path):
     make_figure1(tmp_path, seeds=(1,), runs=RUNS[:2], epochs=30)
     kept, _ = cells(read_runs(tmp_path))
     before = figure1(kept).axes[0].get_ylim()
-    kept[RUNS[0]][1].rows["pixel_error"][20] = 9.9
+    kept[RUNS[0]][1].metrics.loc[21, "pixel_error"] = 9.9
     axis = figure1(kept).axes[0]
     assert axis.get_ylim() == pytest.approx(before, abs=5)
     assert axis.get_legend().get_texts()[-1].get_text() == "off the scale: up to 990"
@@ -358,7 +378,7 @@ def test_epochs_until_the_other_is_reached(tmp_path):
     make_run(tmp_path, "bn1", [0.5], minibatch=1, state="diverged")
     make_run(tmp_path, "agc1", [0.5, 0.4], "agc", minibatch=1, state="unfinished")
     kept, _ = cells(read_runs(tmp_path))
-    assert reached_table(kept)[1:] == [
+    assert reached_table(kept).values.tolist() == [
         ["SegNet", "1", "0.02", "0", "diverged", "", "40.00% at epoch 2", "not in 1 epochs"],
         ["SegNet", "4", "0.08", "0", "30.00%", "epoch 1", "20.00%", "not in 3 epochs"],
     ]
@@ -381,7 +401,7 @@ def test_older_runs_have_a_report_without_what_they_lack(tmp_path, capsys):
         ("layers.csv", b"epoch,layer\n", "expected the columns"),
         ("layers.csv", None, "layers in each of 5 epochs, found 49 rows"),
         ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1\n", "line 2"),
-        ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1,2,b\n", "could not convert"),
+        ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1,2,b\n", "line 2: could not"),
     ],
 )
 def test_a_run_without_its_broken_extras_is_still_reported(tmp_path, capsys, name, content, says):
@@ -393,7 +413,7 @@ def test_a_run_without_its_broken_extras_is_still_reported(tmp_path, capsys, nam
         (path / name).write_bytes(content)
     else:
         np.save(path / name, content)
-    (run,), (line,), notes = read_folder(tmp_path)
+    (run,), (line,), notes = read_folders(tmp_path)
     assert line.startswith(f"{path / name}: ") and says in line and not notes
     assert getattr(run, name.partition(".")[0]) is None and run.last_epoch == 4
 
@@ -401,7 +421,7 @@ def test_a_run_without_its_broken_extras_is_still_reported(tmp_path, capsys, nam
 def test_margin_of_the_program(tmp_path, capsys):
     folder = make_figure1(tmp_path / "a", seeds=(1, 2), runs=RUNS[1:2] + RUNS[5:6], epochs=4, noise=0.01, name="pair")
     assert main([str(folder), "--margin", "2"]) == 0
-    assert "expected within ±2" in (folder / "report.md").read_text()
+    assert "| within ±2 |" in (folder / "report.md").read_text()
     before = (folder / "report.md").read_bytes()
     capsys.readouterr()
     assert main([str(folder), "--margin", "0"]) == 2
@@ -410,9 +430,28 @@ def test_margin_of_the_program(tmp_path, capsys):
     assert (folder / "report.md").read_bytes() == before
 
 
-def test_names_are_cut_where_all_end_alike():
-    from agcseg.cli.report import _common_ending
+def test_several_folders(tmp_path, capsys):
+    make_run(tmp_path / "a", "bn", [0.5, 0.4])
+    make_run(tmp_path / "b", "agc", [0.5, 0.3], "agc")
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert f"wrote {tmp_path / 'a+b' / 'report.html'}" in capsys.readouterr().out
+    assert "claim" in (tmp_path / "a+b" / "report.md").read_text() and not (tmp_path / "a" / "report.md").exists()
+    make_run(tmp_path / "b", "bn", [0.5, 0.45])  # now both hold the same run: the folder tells them apart
+    runs = read_runs(tmp_path / "a", tmp_path / "b")
+    assert sorted(run.name for run in runs) == ["a/bn", "b/agc", "b/bn"]
+    groups, notes = by_setting(runs)
+    assert [*groups] == ["BN, folder a", "BN, folder b", "AGC, folder b"] and not notes
+    with pytest.raises(UserError, match="no folder"):
+        read_runs(tmp_path / "a", tmp_path / "c")
 
-    ending = "-data.size=64x128-network.width=0.25"
-    assert _common_ending([f"segnet-bn-mb1-lr0.02-seed1{ending}", f"segnet-bn-mb4-lr0.08-seed11{ending}"]) == ending
-    assert _common_ending([f"a{ending}"]) == _common_ending(["a-seed1", "b-seed1"]) == _common_ending([]) == ""
+
+def test_what_runs_were_made_with(tmp_path):
+    for number in range(3):
+        path = make_run(tmp_path, f"run{number}", [0.5], seed=number)
+        about = {"commit": "abc" if number else "def", "command": f"run {number}", "packages": {"numpy": "2.0"}}
+        (path / "environment.json").write_text(json.dumps(about))
+    make_run(tmp_path, "old", [0.5], seed=7)
+    table = environment_table(read_runs(tmp_path))
+    assert table.values.tolist() == [["commit", "abc (2 runs); def (1 runs)"]]
+    (path / "environment.json").write_text("[")
+    assert "environment.json: " in read_folders(tmp_path)[1][0]

@@ -12,32 +12,35 @@ from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
 from agcseg.report import (
-    compared,
+    by_setting,
     differences_table,
+    figure,
     lambda_starts_figure,
-    read_folder,
+    read_folders,
     read_runs,
-    settings_figure,
+    reference_of,
     settings_table,
+    t_interval,
 )
+from agcseg.report.compare import of_settings
 from agcseg.report.figures import setting_styles
-from agcseg.report.read import NORMS, SHORT
-from agcseg.report.settings import by_setting, costs_compared, lambda_memory, lambda_starts, reference_of
-from agcseg.report.statistics import t_interval
+from agcseg.report.read import NAMES, NORMS
+from agcseg.report.tables import costs_compared, lambda_memory, lambda_starts
 
 GEMS = [{"gems.mode": mode} for mode in (None, "minibatch", "sample")]
 
 
+def compared(runs, reference=None):
+    groups, notes = by_setting(runs)
+    return groups, reference_of(groups, reference), notes
+
+
 def table(folder, reference=None):
-    groups, reference, _ = compared(read_runs(folder), reference)
-    head, *rows = settings_table(groups, reference)
-    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    return settings_table(*compared(read_runs(folder), reference)[:2]).T.to_dict()
 
 
 def differences(folder, reference=None):
-    groups, reference, _ = compared(read_runs(folder), reference)
-    head, *rows = differences_table(groups, reference)
-    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    return differences_table(*compared(read_runs(folder), reference)[:2]).T.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -133,11 +136,11 @@ def test_the_same_by_other_keys_is_one_setting(tmp_path):
     assert len(groups) == 2 and len(notes) == 2 and all("has the same settings and seed" in note for note in notes)
 
 
-def test_what_is_shown_otherwise_stays_so(tmp_path):
+def test_what_the_paper_varies_is_no_experiment_of_settings(tmp_path):
     make_figure1(tmp_path / "figure1", seeds=(1, 2), epochs=2)
     make_figure1(tmp_path / "pair", seeds=(1, 2), runs=RUNS[:7], epochs=2, name="pair")
     for name in ("figure1", "pair"):
-        assert compared(read_runs(tmp_path / name)) == ({}, "", [])
+        assert not of_settings(read_runs(tmp_path / name))
     groups, reference, _ = compared(read_runs(tmp_path / "pair"), "agc, minibatch 4, rate 0.08")
     assert reference == "AGC, minibatch 4, rate 0.08" and len(groups) == len({*RUNS[:7]})
 
@@ -153,19 +156,20 @@ def test_table_has_the_hand_computed_values(tmp_path):
             file.unlink()
         (tmp_path / name).rmdir()
     rows = table(tmp_path)
-    assert [*rows] == ["GEMS sample", "GEMS map", "no GEMS (reference)", "GEMS minibatch"]  # the best first
+    assert [*rows] == ["GEMS sample", "GEMS map", "no GEMS", "GEMS minibatch"]  # the best first
     low, high = t_interval([30, 31, 35])
-    assert rows["no GEMS (reference)"]["error, %"] == f"32.0 ± {(high - low) / 2:.1f}" == "32.0 ± 6.6"
-    assert rows["no GEMS (reference)"]["mIoU, %"] == "68.0 ± 6.6"
-    assert rows["no GEMS (reference)"]["loss"] == "0.640 ± 0.131"
+    assert rows["no GEMS"]["error, %"] == f"32.0 ± {(high - low) / 2:.1f}" == "32.0 ± 6.6"
+    assert rows["GEMS sample"]["gems"] == "sample" and rows["no GEMS"]["gems"] == "none"
+    assert rows["no GEMS"]["mIoU, %"] == "68.0 ± 6.6"
+    assert rows["no GEMS"]["loss"] == "0.640 ± 0.131"
     assert rows["GEMS minibatch"]["error, %"] == "41.0 (40.0, 42.0)"  # two seeds: no interval
-    assert rows["GEMS sample"]["error, %"] == "20.0"
+    assert rows["GEMS sample"]["error, %"] == "**20.0**"
     assert rows["GEMS map"]["error, %"] == "28.5 (28.0, 29.0)"  # the diverged one's 70 % is not in it
     assert [row["n"] for row in rows.values()] == ["1", "2 (1 diverged)", "3", "2"]
     (run,) = [run for run in read_runs(tmp_path) if run.name == "run02-seed1"]
     values = 100 * np.array(run.column("pixel_error"))
-    assert rows["GEMS sample"]["last three, %"] == f"{values[-3:].mean():.1f}"
-    assert rows["GEMS sample"]["all epochs, %"] == f"{values.mean():.1f}"
+    assert rows["GEMS sample"]["last three, %"] == f"**{values[-3:].mean():.1f}**"
+    assert rows["GEMS sample"]["all epochs, %"] == f"**{values.mean():.1f}**"
 
     pairs = differences(tmp_path)
     low, high = t_interval([-2, -2, 0])
@@ -177,7 +181,7 @@ def test_table_has_the_hand_computed_values(tmp_path):
 
 def test_differences_are_paired_by_seed(tmp_path):
     make_sweep(tmp_path, GEMS, epochs=3, error=lambda number, seed: 20 + 10 * seed + 0.5 * number)
-    assert table(tmp_path)["no GEMS (reference)"]["error, %"] == "40.0 ± 24.8"
+    assert table(tmp_path)["no GEMS"]["error, %"] == "**40.0 ± 24.8**"
     assert differences(tmp_path)["GEMS sample"]["error, points"] == "+1.0 ± 0.0"
     assert differences(tmp_path, "gems sample")["no GEMS"]["error, points"] == "-1.0 ± 0.0"
     with pytest.raises(
@@ -197,19 +201,19 @@ def test_a_diverged_and_an_unfinished_setting_have_no_values(tmp_path):
 
 def test_speed_and_memory_are_compared_where_they_can_be(tmp_path):
     make_sweep(tmp_path / "a", GEMS[:2], epochs=6, seeds=(1, 2))
-    assert {"img/s", "MiB"} <= table(tmp_path / "a")["no GEMS (reference)"].keys()
+    assert {"img/s", "MiB"} <= table(tmp_path / "a")["no GEMS"].keys()
     file = tmp_path / "a" / "run00-seed2" / "metrics.csv"
     file.write_text(file.read_text().replace(",100.0,", ",60.0,"))  # as if something else ran beside it
-    row = table(tmp_path / "a")["no GEMS (reference)"]
+    row = table(tmp_path / "a")["no GEMS"]
     assert "img/s" not in row and row["MiB"] == "500"
     assert "varied by 50%" in costs_compared(by_setting(read_runs(tmp_path / "a"))[0])[2]
     make_run(tmp_path / "a" / "elsewhere", GEMS[2], 1, 6, 30, device="Another GPU")
-    assert not {"img/s", "MiB"} & table(tmp_path / "a")["no GEMS (reference)"].keys()
+    assert not {"img/s", "MiB"} & table(tmp_path / "a")["no GEMS"].keys()
     assert "differ in device" in costs_compared(by_setting(read_runs(tmp_path / "a"))[0])[2]
 
 
 def test_colours_stay_with_their_settings():
-    names = [SHORT.get(norm, norm) for norm in NORMS]
+    names = [NAMES.get(norm, norm) for norm in NORMS]
     all_norms = setting_styles(names)
     more = setting_styles(["BN", "layer", "no norm, init he"])
     assert more["BN"] == all_norms["BN"] and more["no norm, init he"] not in all_norms.values()
@@ -225,7 +229,7 @@ def test_figure_of_settings(tmp_path):
     )  # fmt: skip
     runs = read_runs(tmp_path)
     groups, reference, _ = compared(runs)
-    fig = settings_figure(groups, reference)
+    fig = figure(groups, reference)
     fig.draw_without_rendering()
     top, other, rows, _ = fig.axes
     texts = [text.get_text() for text in rows.texts]
@@ -250,7 +254,7 @@ def test_figure_of_settings_worse_than_the_commonest_class(tmp_path):
     groups, reference, _ = compared(read_runs(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        settings_figure(groups, reference).draw_without_rendering()
+        figure(groups, reference).draw_without_rendering()
 
 
 def test_lambda_at_its_start_and_at_its_end(tmp_path):
@@ -258,7 +262,7 @@ def test_lambda_at_its_start_and_at_its_end(tmp_path):
         tmp_path, [{"norm.options.mean_scale": start} for start in (0, 0.5, 1)], seeds=(1, 2), epochs=4,
         lambdas=lambda start, level: 0.25 * start + level / 8, layer_columns=("common_mode", "dead", "lambda_above_1"),
     )  # fmt: skip
-    runs, broken, _ = read_folder(tmp_path)
+    runs, broken, _ = read_folders(tmp_path)
     groups, _, _ = compared(runs)
     starts = lambda_starts(groups)
     assert not broken and [*starts] == ["λ from 0", "λ from 0.5", "λ from 1"]
@@ -284,14 +288,14 @@ def test_program_compares_settings(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
         "figure.png", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
-    assert "| AGC, GEMS minibatch (reference) | 2 | 32.5 (32.0, 33.0) |" in text
+    assert "| AGC | minibatch | 2 | 32.5 (32.0, 33.0) |" in text
     assert "| setting − AGC, GEMS minibatch | n |" in text and "| BN | 2 | +1.0 (+1.0, +1.0) |" in text
-    assert any(line.split()[:5] == ["AGC", "2", "31.5", "(31.0,", "32.0)"] for line in out.splitlines())
+    assert any(line.split()[:6] == ["AGC", "none", "2", "31.5", "(31.0,", "32.0)"] for line in out.splitlines())
     assert "claim 1" not in out and "not compared" not in out  # BN has no GEMS, as the reference has
-    assert text.index("## Settings") < text.index("![validation error and loss") < text.index("## Runs")
+    assert text.index("![validation error and loss") < text.index("## Results") < text.index("### Differences")
     before = (tmp_path / "report.md").read_bytes()
     assert main([str(tmp_path)]) == 0 and "claim 1: AGC equals" in capsys.readouterr().out
-    assert "| AGC (reference) |" in (tmp_path / "report.md").read_text()
+    assert "| setting − AGC | n |" in (tmp_path / "report.md").read_text()
     (tmp_path / "report.md").write_bytes(before)
     assert main([str(tmp_path), "--reference", "agc, gmes"]) == 2
     out, err = capsys.readouterr()
@@ -302,7 +306,7 @@ def test_program_compares_settings(tmp_path, capsys):
 def test_a_configuration_that_makes_no_sense_is_named(tmp_path):
     make_sweep(tmp_path, GEMS[:2], seeds=(1,), epochs=2)
     make_run(tmp_path / "odd", {"noise.gain": "much"}, 1, 2, 30)
-    runs, (line,), _ = read_folder(tmp_path)
+    runs, (line,), _ = read_folders(tmp_path)
     assert len(runs) == 2 and line.startswith(f"{tmp_path / 'odd' / 'config.yaml'}: ")
 
 
@@ -310,4 +314,4 @@ def test_nothing_measured(tmp_path):
     make_sweep(tmp_path, GEMS, seeds=(1,), epochs=6, error=lambda number, seed: None)
     assert all(row["error, %"] == "" for row in table(tmp_path).values())
     groups, reference, _ = compared(read_runs(tmp_path))
-    assert math.isfinite(settings_figure(groups, reference).axes[0].get_ylim()[1])
+    assert math.isfinite(figure(groups, reference).axes[0].get_ylim()[1])

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from agcseg.config import Config
 from agcseg.errors import UserError
@@ -299,7 +300,7 @@ def by_images(column: str, gap: Callable = difference, scale: float = 1) -> Call
             return None
         if {ours.last_epoch, theirs.last_epoch} != {epoch}:
             return None  # images.csv is of the last epoch only
-        both = ours.images[[column]].join(theirs.images[column], rsuffix=" of theirs").to_numpy() * scale
+        both = pd.concat([ours.images[column], theirs.images[column]], axis=1).to_numpy() * scale
         both = both[np.isfinite(both).all(1)]
         if not len(both):
             return None

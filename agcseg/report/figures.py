@@ -234,7 +234,8 @@ def forest(answers: list[Verdict]) -> Figure | None:
         known = [end for end in (value, low, high, *bounds) if math.isfinite(end)]
         away = 0.25 * (max(known) - min(known)) or abs(value) or 1
         left, width = min(known) - away, max(known) - min(known) + 2 * away
-        value_at, low_at, high_at, *band = np.clip((np.array([value, low, high, *bounds]) - left) / width, 0, 1)
+        places = [(min(max(x, left), left + width) - left) / width for x in (value, low, high, *bounds)]
+        value_at, low_at, high_at, *band = places
         axis.barh(row, band[1] - band[0], left=band[0], height=0.36, color="0.88", zorder=0)
         for end, x in zip(bounds, band, strict=True):
             if math.isfinite(end):

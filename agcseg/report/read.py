@@ -1,8 +1,8 @@
 """The runs of a folder, read from what a training run leaves there. Nothing is trusted: a broken file is named."""
 
+import csv
 import json
 import math
-import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all 
 seconds peak_memory_mib training_memory_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
 
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, YAMLError, OmegaConfBaseException)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, YAMLError, OmegaConfBaseException)
 
 
 @dataclass
@@ -127,7 +127,7 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     tellings = [(tuple(run.words.items()), run.seed) for run in runs]
     if len(folders) > 1 and len({*tellings}) < len(runs):
         for run in runs:
-            run.words["folder"] = run.name.rpartition("/")[0]
+            run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
     runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
     return runs, broken, notes
 
@@ -231,7 +231,7 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
 def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
     missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} is missing")
+        raise ValueError(f"{' and '.join(missing)}: missing")
     settings = flat(asdict(Config())) | flat(OmegaConf.to_container(config, resolve=True))  # may be older than a key
     get, (height, width) = settings.get, settings["data.size"]
     minibatch, match = int(get("minibatch")), get("momentum_match")
@@ -268,28 +268,26 @@ def _table(file: Path, numbers: Collection[str], *needed: str) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, a cell is no number, or a line is cut off.
     """
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    missing = [key for key in needed if key not in table]
+    with open(file, encoding="utf-8", newline="") as lines:
+        header, *rows = [*csv.reader(lines)] or [[]]
+    missing = [key for key in needed if key not in header]
     if missing:
         raise ValueError(f"expected the columns {', '.join(missing)}")
-    cut = table.isna().any(axis=1)
-    if cut.any():
-        raise ValueError(f"line {cut.idxmax() + 2}: expected {len(table.columns)} cells")
-    for key in [key for key in table if key in numbers]:
+    for line, row in enumerate(rows, start=2):  # pandas would fill a line that is cut off
         try:
-            table[key] = pd.to_numeric(table[key])
-        except ValueError as error:  # pandas counts from 0, and without the headings
-            where = re.sub(r" at position (\d+)$", lambda found: f" in line {int(found[1]) + 2}", str(error))
-            raise ValueError(f"{key}: {where}") from None
-    return table[[key for key in table if key in (*numbers, *needed)]]
+            cells = dict(zip(header, row, strict=True))
+            row[:] = [float(cells[key].strip() or "nan") if key in numbers else cells[key] for key in header]
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}; expected {len(header)} cells") from None
+    return pd.DataFrame(rows, columns=header)[[key for key in header if key in (*numbers, *needed)]]
 
 
 def _metrics(file: Path) -> pd.DataFrame:
     table = _table(file, COLUMNS, "epoch", "pixel_error", "val_loss")
     if table.epoch.isna().any():
-        raise ValueError(f"line {table.epoch.isna().argmax() + 2}: no epoch")
-    later = table.epoch[::-1].cummin()[::-1].shift(-1, fill_value=math.inf)
-    table = table[table.epoch < later]  # a resumed run goes through some epochs again
+        raise ValueError(f"line {int(table.epoch.isna().argmax()) + 2}: no epoch")
+    later = table.epoch[::-1].cummin()[::-1].shift(-1)
+    table = table[~(table.epoch >= later)]  # a resumed run goes through some epochs again
     return table[table.epoch >= 1].astype({"epoch": int}).set_index("epoch")
 
 

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--reference",
         metavar="SETTING",
-        help='compare settings with this one, named as in the figure, such as "no GEMS" (default: the one nearest to the'
-        " program's defaults)",
+        help='compare settings with this one, named as in the figure, such as "no GEMS" (default: the one nearest to'
+        " the program's defaults)",
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: FOLDER itself; of several: A+B)")
     arguments = parser.parse_args(argv)

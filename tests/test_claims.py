@@ -264,9 +264,7 @@ def test_bootstrap_over_images_is_paired_and_agrees_with_theory(tmp_path):
     low, high, basis = resample(ours, theirs, 20)
     half = 1.96 * 100 * extra.std() / 20
     assert (low, high) == pytest.approx((100 * extra.mean() - half, 100 * extra.mean() + half), abs=0.03)
-    assert (
-        "400 validation images" in basis and resample(ours, theirs, 20)[0] == low
-    )  # the same every time
+    assert "400 validation images" in basis and resample(ours, theirs, 20)[0] == low  # the same every time
     assert by_images("loss", relative)(ours, theirs, 20)[:2] == pytest.approx((0.1, 0.1))
     assert resample(ours, theirs, 19) is None  # the images are of epoch 20
     ours.images = ours.images.drop(index=7)

@@ -74,7 +74,7 @@ def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
         (["norm=batch"], 1, "instance"),
         (["minibatches=3"], 2, "minibatches is not a key of the configuration; did you mean minibatch?"),
         (["data.sise=[32,64]"], 2, "did you mean data.size"),
-        (["data.root=/my data (1)"], 2, "\"data.root='/my data (1)'\""),
+        (["data.root=/my data (1)"], 2, "/my data (1) (data.root), and is not complete there"),
         (["minibatch=abc"], 1, "could not be converted to Integer"),
         (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
     ],

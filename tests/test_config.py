@@ -2,24 +2,28 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from agcseg import build
-from agcseg.cli import CONFIGS, check_keys, to_object
-from agcseg.cli.train import run_name
+from agcseg.cli import CONFIGS, hydra_arguments, to_object
+from agcseg.cli.jobs import check_sweep, folder_of
 from agcseg.config import Config, check, momentum, rate
 from agcseg.errors import UserError
+from agcseg.record.identity import FREE
 
 
 def config(*overrides) -> Config:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return to_object(compose("train", list(overrides)))
+        return to_object(compose("train", list(overrides)), Config)
 
 
 def options(group):
@@ -65,7 +69,7 @@ def test_the_demo_with_each_network():
     assert (large.network.name, large.data.size, large.network.width) == ("classnet", [128, 256], 0.25)
     assert large.network.init == "he_centered" and large.name == "demo" and large.epochs < small.epochs
     assert config("experiment=demo", "network=classnet", "epochs=9", "data.size=[256,256]").epochs == 9
-    names = {run_name(made, ["experiment=demo", f"network={made.network.name}"]) for made in (small, large)}
+    names = {folder_of(made, ["experiment=demo", f"network={made.network.name}"]).name for made in (small, large)}
     assert names == {"segnet-agc-mb4-lr0.08-seed1", "classnet-agc-mb4-lr0.08-seed1"}
 
 
@@ -83,7 +87,7 @@ def test_every_value_that_an_experiment_sweeps_is_good(experiment):
         for value in values:
             changed = copy.deepcopy(composed)
             OmegaConf.update(changed, key, yaml.safe_load(value))
-            check(to_object(changed))
+            check(to_object(changed, Config))
 
 
 def test_every_name_has_its_yaml():
@@ -230,13 +234,122 @@ def test_all_faults_are_listed_at_once():
     assert all(word in str(error.value) for word in ("minibatch=0", "epochs=0", "precision=fp8"))
 
 
-def test_run_names_come_from_the_configuration():
-    name = run_name(config(), [])
-    assert name == "segnet-agc-mb4-lr0.08-seed1"
+def folder(*overrides):
+    return folder_of(config(*overrides), overrides)
+
+
+def test_a_folder_comes_from_the_configuration():
+    assert str(folder()) == "outputs/cityscapes/segnet-agc-mb4-lr0.08-seed1"
     overrides = ["data.size=[64,128]", "norm=bn", "minibatch=8", "network.width=0.25"]
     overrides += ["device=cpu", "epochs=3", "compile=true"]  # may differ in a continuation
-    assert run_name(config(*overrides), overrides) == ("segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25")
-    assert run_name(config(*overrides), overrides[::-1]) == run_name(config(*overrides), overrides)
+    assert folder(*overrides).name == "segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25"
+    assert folder(*overrides) == folder(*overrides[::-1])
+    assert folder("name=n", "run=r") == Path("outputs/n/r")
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ["data.flip=true", "data.flip=True", "data.flip=on", "++data.flip=true"],
+        ["weight_decay=5e-4", "weight_decay=0.0005"],
+        ["momentum=0.8", "momentum=0.80", "momentum='0.8'"],
+        ["momentum=0.9", "momentum=.9", "lr.base=0.02", "weight_decay=0", "gems.mode=null", "lr.value=0.08"],
+        ["norm.options.mean_scale=0.5", "norm.options.mean_scale=5e-1"],
+    ],
+)
+def test_one_configuration_one_folder(spellings):
+    """However it is written, and with the defaults written out or not."""
+    assert len({folder(spelling) for spelling in spellings}) == 1
+
+
+def test_what_is_no_part_of_a_run_is_not_in_its_folder():
+    for key in sorted(FREE - {"name", "run"}):
+        value = {"data.root": "/b", "data.cache_dir": "/c", "device": "cpu", "network.implementation": "literal"}
+        other = value.get(key, "9" if key in ("images", "save_every") else "false" if key == "resume" else "true")
+        assert folder(f"{key}={other}").name == folder().name, key
+
+
+def test_a_folders_name_is_short():
+    """Any file system takes it, and other values have another one."""
+    long = [f"init_from={'long' * 99}/{i}" for i in range(2)]
+    names = [str(folder("data.flip=true", one).name) for one in long]
+    assert len(set(names)) == 2 and all(len(name.encode()) <= 150 for name in names)
+    assert all(name.startswith("segnet-agc-mb4-lr0.08-seed1-data.flip=true-init_from=long") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "one", "other"),
+    [
+        (["network.implementation=fast,literal"], "network.implementation=fast", "network.implementation=literal"),
+        (["channels_last=false,true"], "channels_last=False", "channels_last=True"),
+        (["epochs=2,1", "seed=1,2"], "epochs=2", "epochs=1"),
+        (["data.root=/a,/b"], "data.root=/a", "data.root=/b"),
+        (["lr.value=null,0.08"], "lr.value=null", "lr.value=0.08"),
+        (["run=one", "norm=agc,bn"], "norm=agc", "norm=bn"),
+    ],
+)
+def test_a_sweep_whose_runs_would_share_a_folder_is_refused(overrides, one, other):
+    arguments = hydra_arguments("agcseg-train", ["-m", "experiment=none", *overrides], Config)
+    with pytest.raises(UserError, match="two runs of this sweep have one folder") as error:
+        check_sweep(arguments)
+    said = str(error.value)
+    assert {f"that with {one}".split(" ")[2], f"that with {other}".split(" ")[2]} <= set(re.split(r"[ ;]", said)), said
+
+
+def test_sweeps_that_may_start():
+    for overrides in (["seed=1,2", "norm=agc,bn"], ["seed=1,1"], ["experiment=demo"], ["run=a,b"],
+                      ["run=${network.implementation}", "network.implementation=fast,literal"],
+                      ["minibatch=0,4", "norm=bn"]):  # fmt: skip
+        check_sweep(hydra_arguments("agcseg-train", ["-m", *overrides], Config))
+    with pytest.raises(UserError, match="experiment=norms has a sweep of its own"):
+        check_sweep(["-m", "experiment=norms,gems"])
+
+
+UNKNOWN = {
+    "weight_dcay": "weight_decay", "data.flp": "data.flip", "noise.gian": "noise.gain", "lr.vlaue": "lr.value",
+    "data.streets.siez": "data.streets.size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_mistyped_key_is_refused_whatever_way_it_comes_in(plus, key, capsys):
+    with pytest.raises(SystemExit):
+        hydra_arguments("agcseg-train", [f"{plus}{key}=1"], Config)
+    assert f"{key} is not a key of the configuration; did you mean {UNKNOWN[key]}" in capsys.readouterr().err
+    if plus:
+        with pytest.raises(UserError, match=f"{key} is not a key of the configuration; did you mean {UNKNOWN[key]}"):
+            config(f"{plus}{key}=1")
+
+
+TEXTS = [
+    "2026_11_25", "1e3", "1.50", "true", "it's", 'a "b"', "a=b", "/my data (1)", "[x]", "{y}", "Zürich", "a${x}b",
+    "a, b", "-x", "a#b", "%", "a\\b", "a\\", "@", "*", "null1", " ", "choice(a)", "~/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_arrive_as_they_are_typed(text):
+    """Singly, and in a sweep, where commas part values."""
+    for key in ("data.root", "name", "init_from", "++run"):
+        (argument,) = hydra_arguments("agcseg-train", [f"{key}={text}"], Config)
+        made = config(argument)
+        assert text in (made.data.root, made.name, made.init_from, made.run)
+    if "," in text or "(" in text:
+        return
+    _, argument = hydra_arguments("agcseg-train", ["-m", f"data.root={text},other"], Config)
+    parsed = OverridesParser.create().parse_overrides([argument])
+    jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    assert [config(*job).data.root for job in jobs] == [text, "other"]
+
+
+def test_texts_that_mean_something():
+    for argument, value in (
+        ("data.root=null", None), ("data.root='a b'", "a b"), ("data.root=${data.name}", "cityscapes"),
+        ("data.root=${oc.env:NOWHERE,x}/y", "x/y"),
+    ):  # fmt: skip
+        assert config(*hydra_arguments("agcseg-train", [argument], Config)).data.root == value
+    assert hydra_arguments("p", ["-m", "data.root='a,b',c"], Config)[1] == "data.root='a,b',c"
 
 
 def test_configs_are_plain_yaml():
@@ -244,5 +357,35 @@ def test_configs_are_plain_yaml():
         OmegaConf.load(path)
 
 
-def test_flags_of_hydra_are_not_taken_for_values():
-    check_keys("agcseg-train", ["-m", "--cfg=job", "--config-name=train", "~hydra.launcher", "minibatch=1,4"], Config)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "--cfg=job", "--config-name=train", "~hydra.launcher", "minibatch=1,4"],
+        ["-sc", "install=bash"],
+        ["--shell-completion", "query=bash"],
+        ["-cd", "outputs/t/segnet-agc-mb4-data.size=32x64", "-cn", "config", "--info", "defaults"],
+        ["--config-dir=outputs/a=b", "hydra.verbose=true", "hydra/launcher=basic", "+hydra.x=1"],
+    ],
+)
+def test_flags_of_hydra_are_not_taken_for_values(arguments):
+    assert hydra_arguments("agcseg-train", arguments, Config) == arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epochs", "=", "3"], "epochs: expected KEY=VALUE, without spaces"),
+        (["=3"], "=3: expected KEY=VALUE"),
+        (["data.size=[32,64"], "data.size=[32,64: the value cannot be read"),
+    ],
+)
+def test_what_is_no_override(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        hydra_arguments("agcseg-train", arguments, Config)
+    assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        hydra_arguments("agcseg-train", ["--version"], Config)
+    assert not end.value.code and re.fullmatch(r"agcseg-train \d+\.\d+\.\d+\n", capsys.readouterr().out)

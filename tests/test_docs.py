@@ -35,8 +35,8 @@ import agcseg.cli.eval
 import agcseg.cli.export
 import agcseg.cli.predict
 import agcseg.cli.report
-from agcseg.cli import CONFIGS, check_keys, parse_run, to_object
-from agcseg.cli.train import run_name
+from agcseg.cli import CONFIGS, hydra_arguments, parse_run, to_object
+from agcseg.cli.jobs import folder_of
 from agcseg.config import Config, check
 from agcseg.data import LAYOUTS
 from agcseg.networks import NETWORKS, classnet, segnet
@@ -100,7 +100,7 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
     sweeps, the first; test_config.py checks the others.
     """
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    check_keys("agcseg-train", overrides, Config)
+    overrides = hydra_arguments("agcseg-train", overrides, Config)
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         chosen = [overrides]
         if len(overrides) < len(arguments):
@@ -118,9 +118,9 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
                     seen |= new
         made = []
         for job in chosen:
-            config = to_object(compose("train", job))
+            config = to_object(compose("train", job), Config)
             check(config)
-            made.append((config, Path("outputs") / config.name / (config.run or run_name(config, job))))
+            made.append((config, folder_of(config, job)))
     return made
 
 
@@ -364,6 +364,6 @@ def test_table_of_overrides():
     settings = [word for code in re.findall(r"`([^`]+)`", table) for word in code.split() if "=" in word]
     assert len(settings) > 30
     for key, value in (setting.split("=", 1) for setting in settings):
-        check_keys("agcseg-train", [f"{key}={value}"], Config)
+        hydra_arguments("agcseg-train", [f"{key}={value}"], Config)
         if key in ("network", "norm", "data", "experiment"):
             assert (Path(CONFIGS) / key / f"{value}.yaml").exists(), f"{key}={value}"

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -135,7 +136,12 @@ def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, nam
     assert [process["talks"] for process in pair[0]] == [True, False]
 
 
-def test_torchrun_from_the_command_line_and_going_on_in_one_process(tmp_path, streets):
+def test_a_run_of_two_processes_goes_on_in_one(pair, streets, tmp_path):
+    folder = shutil.copytree(pair[1] / "segnet", tmp_path / "segnet")
+    assert run(small(streets, tmp_path, "segnet", epochs=3), folder)["epochs"] == 3
+
+
+def test_torchrun_from_the_command_line_and_another_number_of_processes_for_bn(tmp_path, streets):
     def start(launch, epochs):
         command = [sys.executable, "-m", *launch, "agcseg.cli.train", "data=streets", f"data.root={streets}", "norm=bn"]
         command += [f"data.cache_dir={tmp_path}/cache", "data.size=[32,64]", "network.width=0.05", "device=cpu"]
@@ -146,8 +152,9 @@ def test_torchrun_from_the_command_line_and_going_on_in_one_process(tmp_path, st
     assert done.returncode == 0, done.stderr
     assert "batch statistics over the 2 of each process" in done.stdout
     assert done.stdout.count("finished after 1 epochs") == 1
-    assert start([], 2).returncode == 0
-    assert json.loads((tmp_path / "outputs/streets/run/result.json").read_text())["epochs"] == 2
+    for epochs in (1, 2):  # done, and to go on
+        other = start([], epochs)
+        assert other.returncode == 2 and "images per process: 2 there, 4 here" in other.stderr
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):

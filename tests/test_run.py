@@ -2,25 +2,31 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 import agcseg.losses
 import agcseg.record.folder
+import agcseg.record.record
 import agcseg.training.passes
 import agcseg.training.run
 from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.networks import build
+from agcseg.record.files import write
+from agcseg.record.folder import new_folder
 from agcseg.training.run import run
 from agcseg.training.state import begin, parameter_groups
 
@@ -264,6 +270,13 @@ def test_finished_run_is_skipped_and_can_be_prolonged(tiny, tmp_path):
     assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
 
 
+def test_resume_false_makes_a_folder_that_is_nobody_elses(tmp_path):
+    """Also when many ask at the same time."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: new_folder(tmp_path / "a/run"), range(40)))
+    assert len(set(made)) == 40 and made[0].parent == tmp_path / "a"
+
+
 def test_resume_false_starts_beside(tiny, tmp_path):
     run(tiny(epochs=1), tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()
@@ -302,12 +315,116 @@ def test_a_run_older_than_an_option_of_its_norm_goes_on(tiny, tmp_path):
         run(replace(config, epochs=2, norm=later), tmp_path / "run")
 
 
-def test_changed_data_are_noticed(tiny, tmp_path):
+@pytest.mark.parametrize("change", ["image", "label", "name"])
+def test_other_data_are_another_run(tiny, streets, tmp_path, change):
+    """Finished or not: a run belongs to its data, wherever they lie."""
+    run(tiny(epochs=1), tmp_path / "run")
+    other, config = shutil.copytree(streets, tmp_path / "other"), tiny(epochs=1)
+    config.data.root = str(other)
+    assert run(config, tmp_path / "run")["epochs"] == 1  # the same data at another place
+    image = next(other.glob("leftImg8bit/val/*/*.png"))
+    label = next(other.glob("gtFine/val/*/*labelIds.png"))
+    if change == "name":
+        for path in (image, *label.parent.glob(image.name.replace("leftImg8bit", "gtFine").replace(".png", "*"))):
+            path.rename(path.with_name("zzz" + path.name))
+    else:
+        path = image if change == "image" else label
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[:8, :8] = 23 if change == "label" else 255 - pixels[:8, :8]
+        Image.fromarray(pixels).save(path)
+    for epochs in (1, 2):
+        with pytest.raises(UserError, match="images or their labels are others"):
+            run(replace(config, epochs=epochs), tmp_path / "run")
+
+
+def test_data_that_are_gone_are_not_looked_at(tiny, tmp_path, caplog):
+    config = tiny(epochs=1)
+    config.data.root = str(shutil.copytree(config.data.root, tmp_path / "data"))
+    result = run(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "data")
+    assert run(config, tmp_path / "run") == result
+    assert f"nothing left to do; trained on {config.data.root}, not looked at now" in caplog.text
+    with pytest.raises(UserError, match="was looked for"):
+        run(replace(config, epochs=2), tmp_path / "run")
+
+
+def test_a_checkpoint_without_digests_is_compared_by_its_histogram(tiny, tmp_path):
     run(tiny(epochs=1), tmp_path / "run")
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    del saved["data"]
     torch.save({**saved, "histogram": [1] * 19}, tmp_path / "run/last.pt")
-    with pytest.raises(UserError, match="training images or their labels have changed"):
+    with pytest.raises(UserError, match="images or their labels are others"):
         run(tiny(epochs=2), tmp_path / "run")
+
+
+def test_a_run_without_its_checkpoint_is_not_written_over(tiny, tmp_path):
+    run(tiny(epochs=2), tmp_path / "run")
+    (tmp_path / "run/last.pt").unlink()
+    assert run(tiny(epochs=2), tmp_path / "run")["epochs"] == 2
+    left = files(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run \(metrics.csv\) but no last.pt .* resume=false"):
+        run(tiny(epochs=3), tmp_path / "run")
+    assert files(tmp_path / "run") == left
+
+
+def test_what_an_attempt_without_a_checkpoint_left_is_cleared(tiny, tmp_path, monkeypatch):
+    """Points of TensorBoard, and half-written files of processes that are gone."""
+    run(tiny(epochs=1), tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(agcseg.record.record, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        run(tiny(epochs=1), tmp_path / "run")
+    for name in (".last.pt.1", ".metrics.csv.22222"):
+        (tmp_path / "run" / name).touch()
+    run(tiny(epochs=1), tmp_path / "run")
+    assert files(tmp_path / "run") == files(tmp_path / "straight")
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write(tmp_path / "last.pt", b"content")
+    assert error.value.filename == str(tmp_path / "last.pt") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", "{}", "result.json: is not readable as a result"),
+        ("result.json", "[]", "result.json: is not readable as a result"),
+        ("result.json", "{", "result.json: is not readable as a result"),
+        ("result.json", None, "result.json: is not readable as a result"),
+        ("config.yaml", "a: [", "config.yaml: cannot be read as a configuration"),
+        ("config.yaml", "- 1", "config.yaml: cannot be read as a configuration"),
+        ("config.yaml", "minibatch: many", "config.yaml: cannot be read as a configuration"),
+        ("config.yaml", "", "config.yaml: cannot be read as a configuration"),
+        ("last.pt", ["optimizer"], "last.pt: is not the checkpoint of this run"),
+        ("last.pt", ["config"], "last.pt: is not the checkpoint of this run"),
+        ("last.pt", ["rows"], "last.pt: is not the checkpoint of this run"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(tiny, tmp_path, name, content, message):
+    run(tiny(epochs=1), tmp_path / "run")
+    path = tmp_path / "run" / name
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    elif isinstance(content, list):
+        saved = torch.load(path, weights_only=True)
+        torch.save({key: value for key, value in saved.items() if key not in content}, path)
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        run(tiny(epochs=1 + isinstance(content, list)), tmp_path / "run")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_where_the_folder_should_be(tiny, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="is a file"):
+        run(tiny(), tmp_path / "run")
 
 
 def test_broken_checkpoint_is_named(tiny, tmp_path):

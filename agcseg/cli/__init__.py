@@ -1,17 +1,20 @@
 """The programs. Only they know Hydra."""
 
 import argparse
+import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
+from agcseg import __version__
 from agcseg.errors import UserError
 
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses from twice as many on; its own limit is made for unknown senders
@@ -20,42 +23,102 @@ _installed = Path(__file__).parents[1] / "configs"
 CONFIGS = str(_installed if _installed.is_dir() else Path(__file__).parents[2] / "configs")
 
 
-def check_keys(program: str, arguments: list[str], schema: type) -> None:
-    """End the program if an override names a key that `schema` does not have, and say which one may be meant, or if
-    its value wants quotes.
+_IN_QUOTES = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+_SWEEP = r"(choice|range|glob|shuffle|sort|interval|tag)\(.*\)"  # Hydra's functions of several values
 
-    Hydra refuses both too, but says neither what there is nor what to do.
+
+class _Argument(str):
+    """Of the command line; no two are the same object."""
+
+
+def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
+    """The command line as Hydra is to read it: texts, such as paths and names, reach the program as they were typed.
+
+    Hydra would take `data.root=2026_11_25` for a number, and refuse brackets, apostrophes and equals signs. A text that
+    is in quotes already, `null`, and a reference to another key, `${norm.name}`, stay what they are to Hydra. In a
+    sweep commas part the values.
+
+    Ends the program if an override names a key that `schema` does not have, and says which one may be meant, or if its
+    value cannot be read. Hydra refuses both too, but says neither what there is nor what to do.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # not for the programs without Hydra
+    from hydra._internal.utils import get_args_parser  # not for the programs without Hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    known, parser = [], OverridesParser.create()
+    if "--version" in argv:
+        print(f"{program} {__version__}")
+        raise SystemExit
+    arguments = [_Argument(argument) for argument in argv]
+    flags = get_args_parser().parse_args(arguments)
+    if flags.shell_completion:
+        return argv
+    parser, (known, texts) = OverridesParser.create(), _keys(OmegaConf.structured(schema))
+    own_groups = bool(flags.config_dir or flags.config_path)  # of which nothing is known here
 
-    def collect(node: DictConfig, prefix: str) -> None:
-        for key in node:
-            known.append(f"{prefix}{key}")
-            child = node._get_node(key)
-            if isinstance(child, DictConfig):
-                collect(child, f"{prefix}{key}.")
-
-    collect(OmegaConf.structured(schema), "")
-    for argument in arguments:
-        key, is_override, value = argument.partition("=")
-        if key.startswith("-") or not is_override:  # one of Hydra's flags
-            continue
-        free = key.startswith(("+", "~", "hydra", "experiment", "figure1")) or ".options." in key
-        if not free and key.partition("@")[0] not in known:
-            fail(program, _unknown(program, f"{key} is not a key of the configuration", key, known))
+    def override(argument: str) -> str:
+        key, given, value = argument.partition("=")
+        if argument.startswith("~"):
+            return argument
+        if not (given and key) or key != key.strip():
+            raise UserError(f"{argument}: expected KEY=VALUE, without spaces around the equals sign")
+        name = key.lstrip("+").partition("@")[0]
+        free = name.startswith(("hydra", "experiment", "figure1")) or ".options." in name or "/" in name
+        if name not in known and not free and not (own_groups and key.startswith("+")):
+            raise _unknown(program, f"{name} is not a key of the configuration", name, known)
+        if name in texts and not (flags.multirun and re.fullmatch(_SWEEP, value)):
+            value = ",".join(_quoted(text, known, parser) for text in (_parts(value) if flags.multirun else [value]))
         try:
-            parser.parse_override(argument)
+            parser.parse_override(f"{key}={value}")
         except Exception:  # the grammar's, of several classes
-            quoted = f"{key}='{value}'"
-            fail(program, UserError(f'{argument}: the value cannot be read; quote it for {program} too: "{quoted}"'))
+            raise UserError(
+                f"{argument}: the value cannot be read; quote it for {program} too: \"{key}='{value}'\""
+            ) from None
+        return f"{key}={value}"
+
+    try:
+        return [override(text) if any(text is other for other in flags.overrides) else str(text) for text in arguments]
+    except UserError as error:
+        fail(program, error)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> tuple[list[str], set[str]]:
+    """All keys of a schema, and those whose value is a text."""
+    known, texts = [], set()
+    for key in node:
+        known.append(f"{prefix}{key}")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            inner = _keys(child, f"{prefix}{key}.")
+            known, texts = known + inner[0], texts | inner[1]
+        elif isinstance(child, StringNode):
+            texts.add(f"{prefix}{key}")
+    return known, texts
+
+
+def _parts(value: str) -> list[str]:
+    """The values of a sweep: what is between commas, quoted ones whole."""
+    return re.findall(rf"(?:^|,)({_IN_QUOTES}(?=,|$)|[^,]*)", value)
+
+
+def _quoted(text: str, known: list[str], parser) -> str:
+    """In Hydra's quotes, if it needs them; `${` is a reference only where there is what it refers to."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if text == "null" or re.fullmatch(_IN_QUOTES, text):
+        return text
+    with contextlib.suppress(Exception):  # the grammar's, of several classes
+        if not {"$", "\\"} & {*text} and parser.parse_override(f"key={text}").value() == text:
+            return text
+
+    def reference(found: re.Match) -> str:
+        return found[0] if found[1] in known or ":" in found[1] else "\\" + found[0]
+
+    return QuotedString(re.sub(r"\$\{([^{}]*)", reference, text), Quote.single).with_quotes()
 
 
 def _unknown(program: str, what: str, key: str, known: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(key, known, 3, 0.5)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return UserError(f"{what}; {meant}{program} --help lists them all")
+    return UserError(f"{what}; {meant}{program} --help lists them all".replace("  ", " "))
 
 
 def parse_run(program: str, keys: dict, description: str, epilog: str, argv: list[str] | None) -> tuple[str, dict]:
@@ -104,14 +167,25 @@ def _typed(key: str, text: str, kind: type) -> bool | int | str:
     return text
 
 
-def to_object(cfg: DictConfig):
+def to_object(cfg: DictConfig, schema: type):
     """The typed configuration, its interpolations resolved.
 
     Raises:
-        UserError: a value is missing or cannot be resolved.
+        UserError: a key, whatever way it came in, is not in `schema`; a value is missing or cannot be resolved.
     """
+    known, _ = _keys(OmegaConf.structured(schema))
+
+    def check(node: DictConfig, prefix: str = "") -> None:
+        for key in node:
+            name, child = f"{prefix}{key}", node._get_node(key)
+            if name not in known:
+                raise _unknown("", f"{name} is not a key of the configuration", name, known)
+            if isinstance(child, DictConfig) and not name.endswith(".options"):
+                check(child, f"{name}.")
+
+    check(cfg)
     try:
-        return OmegaConf.to_object(cfg)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from None
 

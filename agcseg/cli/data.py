@@ -10,7 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from tqdm import tqdm
 
-from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
+from agcseg.cli import CONFIGS, fail, hydra_arguments, stopped, to_object
 from agcseg.config import Config, DataConfig
 from agcseg.config import check as check_config
 from agcseg.data import find_data, open_data
@@ -123,7 +123,7 @@ def _progress(items, total: int | None, what: str = "decoding"):
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="data")
 def _job(cfg) -> None:
     try:
-        program = to_object(cfg)
+        program = to_object(cfg, DataProgram)
         check_config(Config(data=program.data, minibatch=1))
         problems = write_draft(program.data) if program.draft else inspect(program)
     except (UserError, OSError) as error:
@@ -133,7 +133,7 @@ def _job(cfg) -> None:
 
 
 def main() -> None:
-    check_keys("agcseg-data", sys.argv[1:], DataProgram)
+    sys.argv[1:] = hydra_arguments("agcseg-data", sys.argv[1:], DataProgram)
     try:
         _job()
     except KeyboardInterrupt:

@@ -2,54 +2,31 @@
 
 import contextlib
 import os
-import re
 import signal
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
-from agcseg import figure1
-from agcseg.cli import CONFIGS, check_keys, fail, stopped, to_object
-from agcseg.config import Config, rate
+from agcseg.cli import CONFIGS, fail, hydra_arguments, stopped, to_object
+from agcseg.cli.jobs import check_sweep, folder_of
+from agcseg.config import Config
 from agcseg.errors import UserError
-from agcseg.record.folder import FREE
 from agcseg.training import parallel
 from agcseg.training.machine import out_of_memory
 from agcseg.training.run import run
-
-ConfigStore.instance().store(name="schema", node=Config)
-for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml
-    choices = [{"override /network": setting.network}, {"override /norm": setting.norm}]
-    node = {"defaults": choices, "minibatch": setting.minibatch}
-    if setting.rate != Config().lr.base * setting.minibatch:
-        node["lr"] = {"value": setting.rate}
-    ConfigStore.instance().store(group="figure1", name=setting.name, package="_global_", node=node)
-
-# Overrides that stand in the run's name anyway, or do not tell two runs apart.
-NAMED = {"experiment", "figure1", "network", "norm", "data", "minibatch", "lr.base", "lr.value", "seed"} | FREE
-
-
-def run_name(config: Config, overrides: list[str]) -> str:
-    """Folder name of a run, from its configuration alone: the same command finds the same folder again."""
-    name = f"{config.network.name}-{config.norm.name}-mb{config.minibatch}-lr{rate(config):g}-seed{config.seed}"
-    for override in sorted(overrides):
-        key, _, value = override.lstrip("+~").partition("=")
-        if key not in NAMED and not key.startswith("hydra"):
-            name += f"-{key}={re.sub(r'[^A-Za-z0-9._]+', 'x', value).strip('x')}"
-    return name
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def _job(cfg) -> float | None:
     hydra_config = HydraConfig.get()
     try:
-        config = to_object(cfg)
-        folder = Path("outputs") / config.name / (config.run or run_name(config, list(hydra_config.overrides.task)))
+        config = to_object(cfg, Config)
+        sources = {source.provider: source.path for source in hydra_config.runtime.config_sources}
+        places = [sources[provider] for provider in ("main", "command-line") if provider in sources]
+        folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name, places)
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once() if ours else contextlib.nullcontext():
@@ -89,12 +66,17 @@ def _stopped_at_once():
 
 
 def main() -> None:
-    check_keys("agcseg-train", sys.argv[1:], Config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
-        fail("agcseg-train", UserError("torchrun shares out one run over devices; start a sweep, -m, without it"))
+    sys.argv[1:] = hydra_arguments("agcseg-train", sys.argv[1:], Config)
+    sweep = {"-m", "--multirun"} & set(sys.argv[1:])
     try:
+        if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
+        if sweep:
+            check_sweep(sys.argv[1:])
         _job()
         parallel.leave()
+    except UserError as error:
+        fail("agcseg-train", error)
     except KeyboardInterrupt:
         stopped("agcseg-train")
 

@@ -1,82 +1,106 @@
 """The folder of a run: whose it is, what is finished in it, and who may go on."""
 
-import inspect
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 import filelock
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from agcseg.config import Config
 from agcseg.errors import UserError
-from agcseg.nn import NORMS
 from agcseg.record.files import remove_parts, tell
+from agcseg.record.identity import differences
 
 log = logging.getLogger("agcseg")
 
 LOCK_WAIT = 60.0  # seconds for another process to leave the folder: after a stop it may still be about to end
-
-# What may differ between a run and its continuation: where things lie and how fast they go, not what is computed.
-FREE = {
-    "name", "run", "epochs", "device", "channels_last", "compile", "resume", "save_every", "images", "data.root",
-    "data.cache_dir", "network.implementation", "network.options.recompute",
-}  # fmt: skip
+ELSEWHERE = "give this one another place with name= or run=, or start afresh beside it with resume=false"
 
 
-def check_same_run(saved: dict, settings: dict, pixels: list[int] | None, folder: Path) -> None:
+def expect_same_run(there: dict, here: dict, folder: Path) -> None:
     """Refuse to go on with another run than the one in the folder.
 
     Args:
-        saved: a checkpoint, of which "config" and "histogram" are read.
-        settings: this run's configuration as a dictionary.
-        pixels: of each class in its training images; None where the checkpoint's are None.
+        there, here: see `agcseg.record.identity.differences`.
 
     Raises:
-        UserError: it names every key that differs, unless it is in `FREE`.
+        UserError: it names everything that differs.
     """
-    there, here = _flat(saved["config"]), _flat(settings)
-    norm = NORMS[settings["norm"]["name"]]
-    options = inspect.signature(norm).parameters.values() if norm else ()
-    # a run may be older than a key or an option
-    default = _flat(asdict(Config())) | {f"norm.options.{option.name}": option.default for option in options}
-    values = {key: [side.get(key, default.get(key)) for side in (there, here)] for key in sorted({*there, *here})}
-    differ = [f"{key}: {old} there, {new} here" for key, (old, new) in values.items() if key not in FREE and old != new]
-    if not differ and saved["histogram"] != pixels:
-        differ = ["the training images or their labels have changed"]
+    differ = differences(there, here)
     if differ:
-        raise UserError(
-            f"{folder} holds another run:\n  " + "\n  ".join(differ) + "\n"
-            "Give this one another place with name= or run=, or start afresh beside it with resume=false"
-        )
+        raise UserError(f"{folder} holds another run:\n  " + "\n  ".join(differ) + f"\n{ELSEWHERE.capitalize()}")
 
 
-def finished(config: Config, folder: Path) -> dict | None:
+def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | None:
     """The result of a run that has nothing left to do, else None.
+
+    Args:
+        here: this run, see `agcseg.record.identity.differences`.
+        epochs: that are wanted.
+        unseen: why its data cannot be compared.
 
     Raises:
         UserError: the folder holds another run, or files that cannot be read.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and the run needs a folder there; {ELSEWHERE}")
+    path = folder / "result.json"
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:
-        raise UserError(f"{folder / 'result.json'}: is not readable; delete it to continue from last.pt") from None
-    if result["state"] == "finished" and result["epochs"] < config.epochs:
+    except (ValueError, IsADirectoryError):
+        result = None
+    if not isinstance(result, dict) or not {"state", "epochs", "reason"} <= result.keys():
+        raise UserError(f"{path}: is not readable as a result; delete it to continue from last.pt")
+    if result["state"] == "finished" and result["epochs"] < epochs:
         return None
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder}: has a result.json but no config.yaml, so it cannot be told what ran there")
-    settings, saved = asdict(config), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    check_same_run({"config": saved, "histogram": None}, settings, None, folder)
-    log.info(f"{result_line(folder, result)} (nothing left to do)")
-    tell("skipped", result["epochs"], config.epochs, result, f"already {result['state']}")
+    config = _settings(folder / "config.yaml")
+    there = {"config": config, "processes": result.get("processes"), "data": result.get("data")}
+    expect_same_run(there, here, folder)
+    note = ""
+    if unseen or not result.get("data"):
+        root = config["data"]["root"] or "the built-in streets"
+        note = f"; trained on {root}, not looked at now" + f" ({unseen})" * bool(unseen)
+    log.info(f"{result_line(folder, result)} (nothing left to do{note})")
+    tell("skipped", result["epochs"], epochs, result, f"already {result['state']}")
     return result
 
 
+def _settings(path: Path) -> dict:
+    """The configuration of a run; what an older version did not have is filled in."""
+    try:
+        loaded = OmegaConf.load(path)
+        if not loaded:
+            raise ValueError("it is empty")
+        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: holds a result.json but no config.yaml to tell what ran there; {ELSEWHERE}"
+        ) from None
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a configuration ({why}); {ELSEWHERE}") from None
+
+
+def expect_checkpoint(folder: Path) -> None:
+    """Refuse to write over a run that is there without its checkpoint.
+
+    Raises:
+        UserError: it says what to do.
+    """
+    for name in ("metrics.csv", "result.json"):
+        if (folder / name).exists() and not (folder / "last.pt").exists():
+            raise UserError(
+                f"{folder}: holds a run ({name}) but no last.pt to go on from; delete the folder, or {ELSEWHERE}"
+            )
+
+
 def lock(folder: Path) -> filelock.FileLock:
-    """Keep every other process out of the folder, until `release`.
+    """Keep every other process out of the folder, until `release`; and clear away what killed ones left half-written.
 
     Raises:
         UserError: another one is still in it after `LOCK_WAIT`.
@@ -94,23 +118,20 @@ def lock(folder: Path) -> filelock.FileLock:
     return held
 
 
-def free_folder(folder: Path) -> Path:
-    """The folder itself or, where it is taken, FOLDER-2, FOLDER-3, ..."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def new_folder(folder: Path) -> Path:
+    """Make the folder itself or, where it is taken, FOLDER-2, FOLDER-3, ..., and nobody else's."""
+    number, new = 1, folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            new.mkdir()
+            return new
+        except FileExistsError:
+            number += 1
+            new = folder.with_name(f"{folder.name}-{number}")
 
 
 def result_line(folder: Path, result: dict) -> str:
     error = f", pixel error {result['pixel_error']:.2%}" if "pixel_error" in result else ""
     reason = f": {result['reason']}" if result["reason"] else ""
     return f"{folder}: {result['state']} after {result['epochs']} epochs{error}{reason}"
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

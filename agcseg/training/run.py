@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data
+from agcseg.data.cache import Cached
 from agcseg.data.layout import Layout
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
 from agcseg.errors import UserError
@@ -24,7 +25,7 @@ from agcseg.networks import kind
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import tell, write, write_json
-from agcseg.record.folder import check_same_run, finished, free_folder, lock, result_line
+from agcseg.record.folder import expect_checkpoint, expect_same_run, finished, lock, new_folder, result_line
 from agcseg.record.pictures import picture
 from agcseg.record.record import Record
 from agcseg.record.tables import lambdas_of, layer_rows
@@ -38,6 +39,15 @@ from agcseg.training.state import State, begin
 log = logging.getLogger("agcseg")
 
 SIGNAL_IMAGES = 4  # validation images by which the layers are described after each epoch
+
+
+class Opened(NamedTuple):
+    """A data set's splits, which of their images are wanted, and the digest of those as they are used."""
+
+    layout: Layout
+    cached: dict[str, Cached]
+    chosen: dict[str, np.ndarray]
+    digests: dict[str, str]
 
 
 class Data(NamedTuple):
@@ -79,7 +89,7 @@ def run(config: Config, folder: Path) -> dict:
 
     Args:
         config: see `agcseg.config`; it is checked first.
-        folder: the run's own folder. With `config.resume` false and the folder taken, FOLDER-2, FOLDER-3, ... is used.
+        folder: the run's own folder. With `config.resume` false and the folder taken, FOLDER-2, FOLDER-3, ... is made.
 
     Returns:
         the content of result.json: "state" is "finished" or "diverged", with the last epoch's figures.
@@ -96,25 +106,35 @@ def run(config: Config, folder: Path) -> dict:
         raise UserError(
             f"minibatch={config.minibatch} cannot be shared by {processes} processes in {config.accumulate} parts each"
         )
-    folder = folder if config.resume else parallel.from_first(free_folder(folder))
-    result = parallel.from_first(finished(config, folder) if first else None)
-    if result:
-        return result
-    opened = _open(config, device)
+    me = {"config": asdict(config), "processes": processes}
+    try:
+        opened, unseen = _open(config), ""
+        me["data"] = opened.digests
+    except UserError as error:
+        opened, unseen = error, str(error).splitlines()[0]
+    if config.resume:
+        result = parallel.from_first(finished(me, config.epochs, folder, unseen) if first else None)
+        if result:
+            return result
+    if isinstance(opened, UserError):
+        raise opened
+    if not config.resume:
+        folder = parallel.from_first(new_folder(folder) if first else None)
     with _at_work(folder) if first else contextlib.nullcontext():  # the others wait here until process 0 is in
         # Another process may have finished it before it gave the lock away.
-        result = parallel.from_first(finished(config, folder) if first else None)
+        result = parallel.from_first(finished(me, config.epochs, folder) if first else None)
         if result:
             return result
         with settings(config.precision, config.deterministic):
-            return _train(config, folder, device, _measured(config, device, *opened))
+            return _train(config, folder, device, me, _measured(config, opened, device))
 
 
-def _train(config: Config, folder: Path, device: torch.device, data: Data) -> dict:
+def _train(config: Config, folder: Path, device: torch.device, me: dict, data: Data) -> dict:
     state = begin(config, len(data.layout.classes), len(data.train) // config.minibatch, device)
     first = parallel.rank() == 0
     watched = next(iter(minibatches(data.val, SIGNAL_IMAGES, device)))[0] if first else None
-    about = _about(config, data)
+    normalisation, classes = {"mean": list(MEAN), "std": list(STD)}, data.layout.classes.to_dict()
+    about = me | {"classes": classes, "histogram": data.pixels, "normalisation": normalisation}
     sizes = _go_on_or_start(config, folder, state, about, watched)
     log.info(introduction(config, folder, state, data, device))
     model, trained = _wrapped(state.network, config)
@@ -132,7 +152,7 @@ def _train(config: Config, folder: Path, device: torch.device, data: Data) -> di
                     bar.end_epoch(config.epochs)
         except Diverged as diverged:
             reason = str(diverged)
-        result = _result(state, data, device, reason)
+        result = _result(state, data, about, device, reason)
         if record:
             record.end(state, result, _hparams(config))
             tell(result["state"], state.epoch, config.epochs, result, reason)
@@ -228,9 +248,16 @@ def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, wat
     path = folder / "last.pt"
     if path.exists():
         saved = load_checkpoint(path)
-        check_same_run(saved, about["config"], about["histogram"], folder)
-        state.load(saved)
+        try:
+            expect_same_run(saved, about, folder)
+            state.load(saved)
+        except UserError:
+            raise
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: is not the checkpoint of this run ({why}); resume=false starts afresh") from None
         return saved.get("events")
+    expect_checkpoint(folder)
     if config.init_from:
         log.info(start_from(state.network, config.init_from, config.norm.name, about["classes"]["names"]))
     state.lambdas = {0: lambdas_of(state.network).cpu()}
@@ -256,39 +283,46 @@ def _recorded(config, folder: Path, state: State, data: Data, about: dict, sizes
     return contextlib.closing(Record(folder, state, about, panels, config.save_every, sizes))
 
 
-def _open(config: Config, device: torch.device) -> tuple[Layout, Split, Split, Path]:
-    """Both splits, as much of them as the run wants, and where their cache lies.
+def _open(config: Config) -> Opened:
+    """Both splits of the data set, and which of their images the run wants.
 
     Raises:
         UserError: the data cannot be used, or are too few.
     """
-    data, processes, contours = config.data, parallel.world(), kind(config.network.name).contour
+    data, contours = config.data, kind(config.network.name).contour
     layout, cached = open_data(data, progress, log.info, contours)
-    train, val = (
-        open_split(cached[split], _choose(split, len(cached[split].names), wanted, data.choice_seed), device, contours)
-        for split, wanted in (("train", data.train_images), ("val", data.val_images))
-    )
-    if config.minibatch > len(train):
-        raise UserError(f"minibatch={config.minibatch}: there are {len(train)} training images")
-    if processes > len(val):
-        raise UserError(f"{processes} processes cannot share {len(val)} validation images; start fewer")
-    if not any(histogram(val, len(layout.classes))):
+    chosen, digests = {}, {}
+    for split, wanted in (("train", data.train_images), ("val", data.val_images)):
+        available = len(cached[split].names)
+        if wanted is not None and wanted > available:
+            raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
+        chosen[split] = choose(available, wanted, data.choice_seed)
+        digests[split] = cached[split].digest(chosen[split], contours)
+    train, val, processes = len(chosen["train"]), len(chosen["val"]), parallel.world()
+    if config.minibatch > train:
+        raise UserError(f"minibatch={config.minibatch}: there are {train} training images")
+    if processes > val:
+        raise UserError(f"{processes} processes cannot share {val} validation images; start fewer")
+    return Opened(layout, cached, chosen, digests)
+
+
+def _measured(config: Config, opened: Opened, device: torch.device) -> Data:
+    """The data on their way into training, and what is known of them before it.
+
+    Raises:
+        UserError: no pixel is labelled.
+    """
+    layout, cached, chosen, _ = opened
+    contours, classes = kind(config.network.name).contour, layout.classes
+    train, val = (open_split(cached[split], chosen[split], device, contours) for split in ("train", "val"))
+    pixels = histogram(train, len(classes))
+    weighting = class_weights.describe(classes.names, pixels, config.class_weights)
+    if not any(histogram(val, len(classes))):
         raise UserError(f"{layout.title}: the labels of the {len(val)} validation images hold no labelled pixel")
-    return layout, train, val, cached["train"].folder
-
-
-def _choose(split: str, available: int, wanted: int | None, seed: int):
-    if wanted is not None and wanted > available:
-        raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
-    return choose(available, wanted, seed)
-
-
-def _measured(config: Config, device, layout: Layout, train: Split, val: Split, cache: Path) -> Data:
-    pixels = histogram(train, len(layout.classes))
-    weighting = class_weights.describe(layout.classes.names, pixels, config.class_weights)
     weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
     commonest = max(range(len(pixels)), key=pixels.__getitem__)
     constant = constant_error(commonest, val, len(pixels), device)
+    cache = cached["train"].folder
     name = f"{cache.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
     return Data(layout, train, val, pixels, weighting, weights, constant, cache.with_name(name))
 
@@ -320,16 +354,6 @@ def _at_work(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def _about(config: Config, data: Data) -> dict:
-    """What a checkpoint holds besides the state."""
-    return {
-        "config": asdict(config),
-        "classes": data.layout.classes.to_dict(),
-        "histogram": data.pixels,
-        "normalisation": {"mean": list(MEAN), "std": list(STD)},
-    }
-
-
 def _painted(config, state: State, data: Data, shown: Tensor | None, contours: Tensor | None) -> np.ndarray | None:
     """The picture of epochs 1, 2, 4, 8, ... and of the last one."""
     if shown is None or not (state.epoch == config.epochs or state.epoch.bit_count() == 1):
@@ -339,7 +363,7 @@ def _painted(config, state: State, data: Data, shown: Tensor | None, contours: T
     return picture(val.images[chosen], shown, val.labels[chosen], data.layout.classes.palette(), contours)
 
 
-def _result(state: State, data: Data, device: torch.device, reason: str) -> dict:
+def _result(state: State, data: Data, about: dict, device: torch.device, reason: str) -> dict:
     row = {key: value for key, value in (state.rows or [{}])[-1].items() if not key.startswith("iou/")}
     return {
         "state": "diverged" if reason else "finished",
@@ -348,7 +372,8 @@ def _result(state: State, data: Data, device: torch.device, reason: str) -> dict
         **row,
         "commonest_class_error": data.constant_error,
         "device": device_name(device),
-        "processes": parallel.world(),
+        "processes": about["processes"],
+        "data": about["data"],
         "torch": torch.__version__,
     }
 

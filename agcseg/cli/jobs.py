@@ -1,0 +1,130 @@
+"""From a command line to the runs that it asks for: their configurations, and the folder of each."""
+
+import copy
+import functools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from agcseg import figure1
+from agcseg.cli import CONFIGS, to_object
+from agcseg.config import Config
+from agcseg.errors import UserError
+from agcseg.record.identity import folder_name
+
+ConfigStore.instance().store(name="schema", node=Config)
+for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml
+    choices = [{"override /network": setting.network}, {"override /norm": setting.norm}]
+    node = {"defaults": choices, "minibatch": setting.minibatch}
+    if setting.rate != Config().lr.base * setting.minibatch:
+        node["lr"] = {"value": setting.rate}
+    ConfigStore.instance().store(group="figure1", name=setting.name, package="_global_", node=node)
+
+GROUPS = ("network", "norm", "data", "experiment", "figure1")
+
+
+def folder_of(
+    config: Config, overrides: Iterable[str], name: str = "train", places: Iterable[str] = (CONFIGS,)
+) -> Path:
+    """Where a run lies: outputs/NAME/RUN. RUN is made from the typed configuration, see `agcseg.record.identity`.
+
+    Args:
+        overrides: of the run, of which those that choose a file say what is usual for it.
+        name, places: the primary configuration, and the folders of configurations.
+    """
+    if not config.run:
+        usual = to_object(_composed(_choices(overrides), name, tuple(places)), Config)
+        return Path("outputs") / config.name / folder_name(config, usual)
+    return Path("outputs") / config.name / config.run
+
+
+def check_sweep(arguments: list[str]) -> None:
+    """Look at all jobs of a sweep before the first one starts.
+
+    Only of Hydra's own sweeper: others decide as they go.
+
+    Raises:
+        UserError: two jobs have one folder, so that the second would find its run done, or go on with the first one's;
+            or several experiments have sweeps of their own, of which Hydra takes none.
+    """
+    flags = get_args_parser().parse_args(arguments)
+    name, places = flags.config_name or "train", (flags.config_path or CONFIGS, *filter(None, [flags.config_dir]))
+    folders: dict[Path, tuple[str, ...]] = {}
+    try:
+        for job, values in _jobs(flags.overrides, name, places):
+            cfg = copy.deepcopy(_composed(_choices(job), name, places))
+            for override in values:
+                OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+            try:
+                folder = folder_of(to_object(cfg, Config), job, name, places)
+            except UserError:
+                continue  # it fails by itself, and the others run
+            if folder in folders:
+                one, other = (
+                    " ".join(sorted({*a} - {*b})) for a, b in ((folders[folder], job), (job, folders[folder]))
+                )
+                raise UserError(
+                    f"two runs of this sweep have one folder, {folder}: that with {one} and that with {other}; they "
+                    f"differ in nothing that decides the outcome. Tell them apart with run= or name="
+                )
+            folders[folder] = job
+    except (HydraException, OmegaConfBaseException):
+        pass  # Hydra says it better
+
+
+def _jobs(overrides: list[str], name: str, places: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Override]]]:
+    """Each job of a sweep once: its overrides, and those of them that give a value to a key."""
+    with _hydra(places):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(overrides)
+    fixed = [part.input_line for part in given if not part.is_sweep_override()]
+    sweeper = _composed(tuple(fixed), name, places, whole=True).hydra.sweeper
+    if not sweeper._target_.endswith("BasicSweeper"):
+        return
+    for part in given:
+        if part.key_or_group == "experiment" and part.is_sweep_override():
+            for file in part.sweep_string_iterator():
+                own = _composed((f"experiment={file}",), name, places, whole=True).hydra.sweeper.params
+                if own:
+                    raise UserError(
+                        f"experiment={file} has a sweep of its own ({', '.join(own)}), which Hydra leaves out where "
+                        "several experiments are swept: start one after the other"
+                    )
+    swept = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    for job in dict.fromkeys(map(tuple, BasicSweeper.split_arguments([*swept, *given], None)[0])):
+        parts = parser.parse_overrides(list(job))
+        yield (
+            job,
+            [
+                part
+                for part in parts
+                if not (_choices([part.input_line]) or part.is_delete() or part.is_hydra_override())
+            ],
+        )
+
+
+def _choices(overrides: Iterable[str]) -> tuple[str, ...]:
+    return tuple(line for line in overrides if re.fullmatch(rf"\+*({'|'.join(GROUPS)})=.*", line))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...], name: str, places: tuple[str, ...], whole: bool = False) -> DictConfig:
+    with _hydra(places):
+        search = [f"hydra.searchpath=[{','.join(repr(f'file://{os.path.abspath(place)}') for place in places[1:])}]"]
+        return hydra.compose(name, [*overrides, *search * (len(places) > 1)], return_hydra_config=whole)
+
+
+def _hydra(places: tuple[str, ...]):
+    return hydra.initialize_config_dir(os.path.abspath(places[0]), version_base="1.3")

@@ -1,0 +1,106 @@
+"""What makes two runs the same: decided here, from the typed configuration and the data, and nowhere else."""
+
+import hashlib
+import inspect
+import re
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+from agcseg.config import Config, momentum, rate
+from agcseg.networks import NETWORKS
+from agcseg.nn import NORMS
+
+# Where things lie and how fast they go: of no influence on what is computed, but for rounding.
+FREE = {
+    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images", "data.root",
+    "data.cache_dir", "network.implementation", "network.options.recompute",
+}  # fmt: skip
+IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder
+LONGEST = 150  # bytes of a folder's name; file systems take 255
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings with their keys joined by dots."""
+    answer = {}
+    for key, value in settings.items():
+        answer |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return answer
+
+
+def complete(settings: dict) -> dict[str, Any]:
+    """Settings as `flat` gives them. Keys and options that an older version did not have get their default."""
+    found = flat(settings)
+    options = {}
+    for kind, known in (("network", NETWORKS), ("norm", NORMS)):
+        target = known.get(found.get(f"{kind}.name"))
+        for option in inspect.signature(target).parameters.values() if target else ():
+            if option.default is not option.empty and isinstance(option.default, (bool, int, float, str, type(None))):
+                options[f"{kind}.options.{option.name}"] = option.default
+    return flat(asdict(Config())) | options | found
+
+
+def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
+    """What decides the outcome of a run: its settings, those in `FREE` left out, rate and momentum as they take effect,
+    and where a norm has statistics of its minibatch, the images that they are of.
+
+    Args:
+        settings: a configuration as a dictionary, of this version or an older one.
+        processes: that share a minibatch.
+    """
+    found = complete(settings)
+    of_rate = SimpleNamespace(lr=SimpleNamespace(base=found.pop("lr.base"), value=found.pop("lr.value")))
+    for key in ("minibatch", "momentum", "momentum_match"):
+        setattr(of_rate, key, found[key])
+    del found["momentum_match"]
+    found |= {"rate": float(f"{rate(of_rate):.12g}"), "momentum": float(f"{momentum(of_rate):.12g}")}
+    if found["norm.name"] in ("bn", "mean_only") and not found["sync_bn"]:
+        found["images per process"] = found["minibatch"] // processes
+    return {key: value for key, value in found.items() if key not in FREE}
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """One line for each thing that makes two runs differ, but for their number of epochs, in which a run may grow.
+
+    Args:
+        there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
+            they are used; "histogram", labelled pixels of each class in training. What one of them lacks, being older,
+            is not compared.
+    """
+    # Where it is not known how many processes there were, it is taken to be as many.
+    old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
+    keys = sorted((old.keys() | new.keys()) - {"epochs"})
+    lines = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
+    for key in ("data", "histogram"):
+        if not lines and there.get(key) and here.get(key) and there[key] != here[key]:
+            lines = ["the images or their labels are others"]
+    return lines
+
+
+def folder_name(config: Config, usual: Config) -> str:
+    """Network, norm, minibatch, rate, seed, and what else differs from `usual`, as far as it decides the outcome.
+
+    Args:
+        usual: what the files of the configuration say, before single values were given.
+
+    Returns:
+        at most `LONGEST` bytes; a longer name is cut, and ends in a hash of the whole.
+    """
+    name = f"{config.network.name}-{config.norm.name}-mb{config.minibatch}-lr{rate(config):g}-seed{config.seed}"
+    ordinary = complete(asdict(usual))
+    for key, value in sorted(complete(asdict(config)).items()):
+        if key not in FREE | IN_NAME | {"epochs"} and value != ordinary.get(key):
+            name += f"-{key}={_short(value)}"
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _short(value: Any) -> str:
+    """A value in letters that any file system takes."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return "x".join(map(_short, value))
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9._]+", "x", text).strip("x")

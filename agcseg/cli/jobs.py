@@ -1,5 +1,6 @@
 """From a command line to the runs that it asks for: their configurations, and the folder of each."""
 
+import contextlib
 import copy
 import functools
 import os
@@ -126,5 +127,13 @@ def _composed(overrides: tuple[str, ...], name: str, places: tuple[str, ...], wh
         return hydra.compose(name, [*overrides, *search * (len(places) > 1)], return_hydra_config=whole)
 
 
-def _hydra(places: tuple[str, ...]):
-    return hydra.initialize_config_dir(os.path.abspath(places[0]), version_base="1.3")
+@contextlib.contextmanager
+def _hydra(places: tuple[str, ...]) -> Iterator[None]:
+    """Hydra's state for composing, also within a job of its own."""
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
+    try:
+        with hydra.initialize_config_dir(os.path.abspath(places[0]), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer

@@ -303,22 +303,18 @@ def _open(config: Config) -> Opened:
         raise UserError(f"minibatch={config.minibatch}: there are {train} training images")
     if processes > val:
         raise UserError(f"{processes} processes cannot share {val} validation images; start fewer")
+    if not any((cached["val"].labels[i] < len(layout.classes)).any() for i in chosen["val"]):
+        raise UserError(f"{layout.title}: the labels of the {val} validation images hold no labelled pixel")
     return Opened(layout, cached, chosen, digests)
 
 
 def _measured(config: Config, opened: Opened, device: torch.device) -> Data:
-    """The data on their way into training, and what is known of them before it.
-
-    Raises:
-        UserError: no pixel is labelled.
-    """
+    """The data on their way into training, and what is known of them before it."""
     layout, cached, chosen, _ = opened
     contours, classes = kind(config.network.name).contour, layout.classes
     train, val = (open_split(cached[split], chosen[split], device, contours) for split in ("train", "val"))
     pixels = histogram(train, len(classes))
     weighting = class_weights.describe(classes.names, pixels, config.class_weights)
-    if not any(histogram(val, len(classes))):
-        raise UserError(f"{layout.title}: the labels of the {len(val)} validation images hold no labelled pixel")
     weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
     commonest = max(range(len(pixels)), key=pixels.__getitem__)
     constant = constant_error(commonest, val, len(pixels), device)

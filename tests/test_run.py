@@ -328,10 +328,11 @@ def test_other_data_are_another_run(tiny, streets, tmp_path, change):
         for path in (image, *label.parent.glob(image.name.replace("leftImg8bit", "gtFine").replace(".png", "*"))):
             path.rename(path.with_name("zzz" + path.name))
     else:
-        path = image if change == "image" else label
-        pixels = np.asarray(Image.open(path)).copy()
-        pixels[:8, :8] = 23 if change == "label" else 255 - pixels[:8, :8]
-        Image.fromarray(pixels).save(path)
+        instances = label.with_name(label.name.replace("labelIds", "instanceIds"))
+        for path in [image] if change == "image" else [label, instances]:
+            pixels = np.asarray(Image.open(path)).copy()
+            pixels[:8, :8] = 7 if change == "label" else 255 - pixels[:8, :8]  # road in the sky
+            Image.fromarray(pixels).save(path)
     for epochs in (1, 2):
         with pytest.raises(UserError, match="images or their labels are others"):
             run(replace(config, epochs=epochs), tmp_path / "run")

@@ -1,12 +1,16 @@
 """The layer against the paper's equation (1), written as slow loops."""
 
+import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from agcseg import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu
+from agcseg.nn.agc import agc_formula
 
 
 def loops(z, gamma, beta, lam):
@@ -161,3 +165,92 @@ def test_import_loads_torch_and_nothing_else():
     new = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in new} == {"agcseg"}
     assert not any(name.startswith(("agcseg.data", "agcseg.training", "agcseg.cli")) for name in new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_keeps_its_input_and_one_mean_a_map(dtype):
+    x, kept = torch.randn(2, 4, 8, 8, dtype=dtype, requires_grad=True), []
+    layer = AGC2d(4, dtype=torch.float64 if dtype == torch.float64 else None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = layer(x)
+    own = [p.data_ptr() for p in layer.parameters()]
+    kept = [t for t in kept if t.data_ptr() not in own]
+    assert output.dtype == dtype and [(t.shape, t.dtype) for t in kept[:1]] == [(x.shape, dtype)]
+    assert [tuple(t.shape) for t in kept[1:]] == [(2, 4)]
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_gradients_are_the_formulas(frozen):
+    x = torch.randn(3, 4, 5, 7, dtype=torch.float64)
+    inputs = [x, *parameters(4)]
+    for i, tensor in enumerate(inputs):
+        tensor.requires_grad_(i != frozen)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    back = torch.randn_like(x)
+    got, expected = (torch.autograd.grad(f(*inputs), wanted, back) for f in (agc, agc_formula))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_second_derivatives():
+    inputs = [torch.randn(2, 3, 4, 5, dtype=torch.float64), *parameters(3)]
+    assert torch.autograd.gradgradcheck(agc, [p.clone().requires_grad_() for p in inputs])
+
+
+@pytest.mark.parametrize("layer", [AGC2d, AGCReLU2d])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tools_of_torch_take_the_layer(layer):
+    """As they take BatchNorm2d."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer(4, mean_scale=0.5), nn.Sigmoid()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"][0].startswith("agc")
+    torch.testing.assert_close(traced(x), expected)
+    torch.testing.assert_close(copy.deepcopy(traced)(x), expected)
+    quantise = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    mapping = torch.ao.quantization.get_default_qconfig_mapping()
+    prepared = quantise.prepare_fx(copy.deepcopy(model), mapping, (x,))
+    torch.testing.assert_close(prepared(x), expected)
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    torch.testing.assert_close(extraction.create_feature_extractor(model, {"2": "out"})(x)["out"], expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_script_trace_and_transforms():
+    layer, x = AGC2d(3, mean_scale=0.5), torch.randn(2, 3, 5, 5)
+    for form in (torch.jit.script(layer), torch.jit.trace(layer, x), torch.export.export(layer, (x,)).module()):
+        torch.testing.assert_close(form(x), layer(x))
+    with pytest.raises(torch.jit.Error, match=r"got \(3, 5, 5\)"):
+        torch.jit.script(layer)(x[0])
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(dict(layer.named_parameters()), x)
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_arguments_of_batch_normalisation_are_refused():
+    with pytest.raises(TypeError):
+        AGC2d(8, 1e-5)  # BatchNorm2d's eps
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_vectors_of_another_length_are_refused(form):
+    one, z = torch.ones(4), torch.zeros(2, 4, 6, 6)
+    for function in (agc, agc_relu):
+        with pytest.raises(ValueError, match="one length"):
+            function(z, one, one, torch.ones(1))
+
+
+def test_maps_of_one_position_are_warned_of_once():
+    layer = AGC2d(4)
+    with pytest.warns(UserWarning, match="got maps of 1x1, of which λ = 1 leaves nothing but β"):
+        layer(torch.randn(2, 4, 1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.randn(2, 4, 1, 1))
+        AGC2d(4, mean_scale=0.9)(torch.randn(2, 4, 1, 1))

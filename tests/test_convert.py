@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from agcseg import AGC2d, ConvUnit, agc, convert_batchnorm
+from agcseg import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu, convert_batchnorm
+from agcseg.nn.norms import NORMS
 from agcseg.nn.pairs import Deferred, PairedConv2d
 
 
@@ -604,3 +605,74 @@ def test_torchvision_trains_a_step(name, norms, fused):
     loss.backward()
     optimizer.step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_networks_written_with_agc_are_paired_too():
+    """Also with its ReLU; not a subclass, which may mean something else."""
+    other = NORMS["agc"](4, background="median")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), AGCReLU2d(4), nn.Conv2d(4, 4, 3), other).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    assert convert_batchnorm(model).fused == ["1"]
+    output = model(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    maps, norm = model[0](x), model[1]
+    assert type(maps) is Deferred
+    torch.testing.assert_close(
+        agc_relu(maps, norm.weight, norm.bias, norm.mean_scale), agc_relu(maps * 1, *norm.parameters())
+    )
+
+
+@pytest.mark.parametrize("wrapped", ["block", "convolution", "unit"])
+def test_fully_sharded_by_block(wrapped, tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not distributed.is_gloo_available():
+        pytest.skip("no gloo")
+    blocks = [Around(run, second=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))) for _ in range(2)]
+    model = nn.Sequential(ConvUnit(3, 4)) if wrapped == "unit" else nn.Sequential(blocks[0])
+    convert_batchnorm(model)
+    reference, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for part in model if wrapped != "convolution" else [model[0].conv]:
+            fsdp.fully_shard(part, mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        for network in (model, reference):
+            output = network(x)
+            output.square().sum().backward()
+        for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            assert (p.grad is None) == (expected.grad is None)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad.full_tensor(), expected.grad, rtol=0, atol=1e-4)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tools_of_torch_take_converted_networks():
+    """Script, trace, fx, functional calls, compilation and export."""
+    model = convert_batchnorm(nn.Sequential(Around(run), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).model
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    plain = nn.Sequential(model[0].conv, model[0].norm, model[0].relu, *model[1:])
+    for form in (
+        torch.jit.script(plain), torch.jit.trace(model, x), torch.fx.symbolic_trace(model),
+        torch.compile(model, backend="aot_eager", fullgraph=True), torch.export.export(model, (x,)).module(),
+    ):  # fmt: skip
+        torch.testing.assert_close(form(x), expected, rtol=0, atol=1e-5)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
+    expected.square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_extractors_of_torchvision():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = convert_batchnorm(Around(run)).model
+    x = torch.randn(2, 3, 8, 8)
+    features = extraction.create_feature_extractor(model, ["conv", "norm", "relu"])(x)
+    torch.testing.assert_close(features["relu"], model(x))
+    torch.testing.assert_close(features["conv"], F.conv2d(x, model.conv.weight, padding=1))

@@ -67,9 +67,7 @@ class ConvUnit(nn.Module):
             and type(conv) is nn.Conv2d
             and conv.bias is None
             and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-            and conv.padding == (conv.weight.shape[2] // 2,) * 2
-            and conv.weight.shape[2] == conv.weight.shape[3]
-            and conv.weight.shape[2] % 2 == 1
+            and conv.kernel_size[0] == conv.kernel_size[1] == 2 * conv.padding[0] + 1 == 2 * conv.padding[1] + 1
             and not (has_hooks(conv) or has_hooks(norm))
         )
 
@@ -98,7 +96,7 @@ class ConvUnit(nn.Module):
         if self.is_fast and (stem is None or stem.is_fast):
             stem_parameters = stem.agc_parameters if stem else None
             return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=stem_parameters)
-        maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
+        maps = torch.cat(list(input), 1) if isinstance(input, (tuple, list)) else input
         if unpool is not None:
             maps = max_unpool2d(maps, unpool)
         if stem is not None:

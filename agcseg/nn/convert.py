@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.fast import AGCReLU2d
 from agcseg.nn.find import Findings, find
 from agcseg.nn.pairs import has_hooks, paired, unpaired
 
@@ -100,10 +101,8 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
             module.__class__ = unpaired(type(module))
             vars(module).pop("watched", None)
     for name, module in layers.items():
-        if not fuse or not isinstance(module, AGC2d):
-            continue
-        if module in units:  # they find their own way
-            continue
+        if not fuse or module in units or type(module) not in (AGC2d, AGCAct2d, AGCReLU2d):
+            continue  # units see to it themselves, and subclasses may mean something else
         reason = _why_apart(name, layers, findings)
         if reason:
             left[name] = f"apart: {reason}"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes
 from agcseg.nn.agc import AGC2d, _check, agc, transformed
@@ -69,7 +70,10 @@ def agc_unit(
         window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower, uint8; of small maps torch's
         own indices. Either serves as `unpool`.
     """
-    inputs = (input,) if isinstance(input, Tensor) else tuple(input)
+    inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
+    if has_torch_function(inputs):
+        options = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
+        return handle_torch_function(agc_unit, inputs, input, filters, weight, bias, mean_scale, **options)
     geometry = Geometry(*(p if p is None else _pair(p) for p in geometry[:3]), geometry.groups)
     _check_maps(inputs, unpool)
     plain = len(inputs) == 1 and unpool is None and stem is None and not pool
@@ -215,7 +219,9 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     Raises:
         ValueError: as `agc`.
     """
-    _check(input, weight)
+    if has_torch_function_unary(input):
+        return handle_torch_function(agc_relu, (input,), input, weight, bias, mean_scale)
+    _check(input, weight, bias, mean_scale)
     if torch.compiler.is_compiling() or _is_small(input, len(weight)):  # a compiler decides by itself what to keep
         return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
     return _AGCReLU.apply(input, weight, bias, mean_scale)

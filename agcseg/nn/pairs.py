@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode, has_torch_function_unary
 from torch.utils._pytree import tree_map_only
 
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
+from agcseg.nn.fast import agc_relu
 from agcseg.nn.passes import filter_gradients, sums
 from agcseg.nn.unit import Geometry, _convolve, _convolve_backward
 
@@ -130,12 +131,12 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is agc and args and type(args[0]) is Deferred and len(args) == 4:
+        if func in (agc, agc_relu) and type(args[0]) is Deferred and args[0]._fits(args[1:]):
             maps, parameters = args[0], args[1:]
-            if maps._fits(parameters):
-                maps._check_versions()
-                input, filters, bias, geometry = maps._call
-                return agc_conv2d(input, filters, *parameters, conv_bias=bias, geometry=geometry)
+            maps._check_versions()
+            input, filters, bias, geometry = maps._call
+            output = agc_conv2d(input, filters, *parameters, conv_bias=bias, geometry=geometry)
+            return output if func is agc else output.relu_()
         args, kwargs = tree_map_only(Deferred, Deferred._materialise, (args, kwargs))
         return func(*args, **kwargs)
 

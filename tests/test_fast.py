@@ -248,6 +248,17 @@ def test_unpooling_takes_both_notations():
 
 
 @both_forms
+def test_autocast_takes_maps_of_different_dtypes():
+    maps = torch.rand(2, 3, 8, 8)
+    parameters = torch.rand(4, 5, 3, 3), *torch.rand(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = agc_unit((maps, maps[:, :2].bfloat16()), *parameters)
+        torch.testing.assert_close(output, agc_unit(torch.cat([maps, maps[:, :2]], 1), *parameters), atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="differ in their channels only"):
+        agc_unit((maps, maps[:, :2].bfloat16()), *parameters)
+
+
+@both_forms
 def test_bfloat16_autocast():
     units, _, run, inputs = make(n=2, size=(32, 32), unpool=True, widths=(16,))
     units, inputs = units.float(), [inputs[0].detach().float().requires_grad_()]

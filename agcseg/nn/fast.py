@@ -109,7 +109,8 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
     first, *others = inputs
     if any(x.dim() != 4 for x in inputs):
         raise ValueError(f"agc_unit takes maps of shape (N, C, H, W); got {[tuple(x.shape) for x in inputs]}")
-    if any(x.shape[2:] != first.shape[2:] or len(x) != len(first) or x.dtype != first.dtype for x in others):
+    mixed = len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(first.device.type)
+    if mixed or any(x.shape[2:] != first.shape[2:] or len(x) != len(first) for x in others):
         got = [(tuple(x.shape), x.dtype) for x in inputs]
         raise ValueError(f"maps that are concatenated differ in their channels only; got {got}")
     if unpool is None:

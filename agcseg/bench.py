@@ -1,16 +1,20 @@
 """Speed and memory of training steps: one table for network x normalisation x minibatch x precision.
 
-Times of one group (same network, minibatch and precision) are taken in turn, round after round, so that a ratio
-compares steps that ran within seconds of each other. Memory is taken of each case alone: on the CPU in a process of its
-own.
+Each case lives in a process of its own, so that none sees another's memory, compiler or failure. Times of one group
+(same network, minibatch and precision) are taken in turn, round after round, so that a ratio compares steps that ran
+within seconds of each other.
 """
 
+import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -23,13 +27,12 @@ from agcseg.config import DataConfig
 from agcseg.data import open_data
 from agcseg.data.minibatches import minibatches, open_split
 from agcseg.data.streets import make_streets
-from agcseg.errors import UserError
 from agcseg.losses import image_losses
 from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
-from agcseg.training.machine import peak_memory, reset_peak_memory
+from agcseg.training.machine import out_of_memory, peak_memory, reset_peak_memory
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
@@ -138,24 +141,30 @@ def kept_for_backward(step: Step) -> int:
     return kept
 
 
-def alone(case: Case, steps: int = 2) -> dict:
-    """Memory and work of one case, measured in this process: call it in a fresh one for the CPU.
+def memory_and_work(step: Step, steps: int = 2) -> dict:
+    """Memory and work of a step that has not run yet, in a process that has done nothing else.
 
     Returns:
         peak_mib: peak above the network, its optimiser and the minibatch, before the first step (gradients and
             momentum count as above); kept_mib: see `kept_for_backward`; parameters; gflop of forward and backward as
             torch counts them, two per multiplication and addition.
     """
-    step = Step(case)
     idle = _used(step.device)
     reset_peak_memory(step.device)
-    for _ in range(steps):
+    for i in range(steps):
         step()
-    result = {"peak_mib": peak_memory(step.device) - idle, "kept_mib": kept_for_backward(step) / 2**20}
+        if i == 0 and step.device.type == "cuda":  # the first tries cuDNN's algorithms, which takes workspace
+            reset_peak_memory(step.device)
+    result = {"peak_mib": peak_memory(step.device) - idle}
+    step.optimizer.zero_grad()  # gradients in the memory of a CUDA graph end with its next run
+    result["kept_mib"] = kept_for_backward(step) / 2**20
     result["parameters"] = sum(p.numel() for p in step.network.parameters())
-    step.model = step.network  # torch counts what runs eagerly
+    compiled, step.model = step.model, step.network  # torch counts what runs eagerly
+    step.optimizer.zero_grad()
     with FlopCounterMode(display=False) as counter:
         step.loss().backward()
+    step.optimizer.zero_grad()
+    step.model = compiled
     result["gflop"] = counter.get_total_flops() / 1e9
     return result
 
@@ -166,61 +175,113 @@ def _used(device: torch.device) -> float:
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
 
 
-def _alone_in_a_process(case: Case) -> dict:
-    command = [sys.executable, "-m", "agcseg.bench", json.dumps({**asdict(case), "threads": torch.get_num_threads()})]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(
-            f"{case.variant} at minibatch {case.minibatch} ended with {done.stderr.strip().splitlines()[-1:]}"
-        )
-    return json.loads(done.stdout)
+def course(case: Case, memory: bool = True) -> Iterator[dict]:
+    """All that is measured of one case, bit by bit.
+
+    Yields:
+        first the figures of `memory_and_work`, if wanted, and on CUDA those of `_calls`; then, for ever, those of one
+        round: "step", seconds per step, and on CUDA "host", seconds until the host has asked for all of a step.
+    """
+    step = Step(case)
+    cuda = step.device.type == "cuda"
+    figures = memory_and_work(step) if memory else {}
+    for _ in range(5 if cuda else 2):
+        step()
+    yield figures | (_calls(step) if cuda else {})
+    while True:
+        round_ = {}
+        _wait(step.device)
+        start = time.perf_counter()
+        if cuda:  # this one also brings the clocks up again
+            step()
+            round_["host"] = time.perf_counter() - start
+            _wait(step.device)
+        repeats, start = 10 if cuda else 1, time.perf_counter()
+        for _ in range(repeats):
+            step()
+        _wait(step.device)
+        yield {"step": (time.perf_counter() - start) / repeats, **round_}
 
 
-def measure_alone(case: Case) -> dict:
-    """`alone`, in a process of its own on the CPU; on CUDA, whose counters are exact, in this one."""
-    if torch.device(case.device).type == "cpu":
-        return _alone_in_a_process(case)
+def _calls(step: Step) -> dict:
+    """Of one step on CUDA: launches of kernels and of graphs, as the profiler counts them (none where it cannot), and
+    waits of the host for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        _wait(step.device)
+    launches = sum("LaunchKernel" in event.name or "GraphLaunch" in event.name for event in profile.events())
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        return alone(case)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
     finally:
-        _free()
-
-
-def _free() -> None:
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def times(cases: list[Case], rounds: int, say=lambda line: None) -> list[list[float]]:
-    """Seconds per step of each case, one figure per round; the cases take turns, in changing order."""
-    steps = []
-    for case in cases:
-        say(f"warming up {case.variant}")
-        steps.append(Step(case))
-        for _ in range(5 if steps[-1].device.type == "cuda" else 2):
-            steps[-1]()
-    repeats = 10 if steps[0].device.type == "cuda" else 1
-    seconds: list[list[float]] = [[] for _ in cases]
-    for turn in range(rounds):
-        order = range(len(cases)) if turn % 2 == 0 else reversed(range(len(cases)))
-        for i in order:
-            _wait(steps[i].device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                steps[i]()
-            _wait(steps[i].device)
-            seconds[i].append((time.perf_counter() - start) / repeats)
-        say(f"round {turn + 1} of {rounds}")
-    del steps
-    _free()
-    return seconds
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    return {"launches": launches or None, "waits": waits}
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Failed(Exception):
+    """A case that could not be measured, in one line."""
+
+
+def _failure(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
+    )
+
+
+def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
+    """What the generator of that name, called in a process of its own, yields.
+
+    Raises:
+        Failed: it raised, or the process died.
+    """
+    settings = {"what": what, "case": asdict(case), "arguments": arguments, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "agcseg.bench", json.dumps(settings)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
+        )
+        try:
+            while True:
+                answer = process.stdout.readline()
+                if not answer:
+                    errors.seek(0)
+                    last = errors.read().strip().splitlines()[-1:] or ["it wrote nothing"]
+                    raise Failed(f"exit code {process.wait()}: {last[0]}")
+                answer = json.loads(answer)
+                if "failed" in answer:
+                    raise Failed(answer["failed"])
+                yield answer
+                process.stdin.write("\n")
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+
+def _serve(settings: dict) -> None:
+    """The other end of `_in_a_process`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed is no answer
+    torch.set_num_threads(settings["threads"])
+    case = Case(**{**settings["case"], "size": tuple(settings["case"]["size"])})
+    try:
+        for answer in {"course": course, "fitting": fitting}[settings["what"]](case, *settings["arguments"]):
+            print(json.dumps(answer), file=answers, flush=True)
+            if not sys.stdin.readline():
+                return
+    except Exception as error:
+        print(json.dumps({"failed": _failure(error)}), file=answers, flush=True)
 
 
 def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
@@ -230,24 +291,35 @@ def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
         the minibatch (0: not even one image fits), and how it was found. On CUDA the process is limited to the budget
         and minibatches are tried, by doubling and then halving the interval. On the CPU it follows from the peaks at
         minibatch 1 and 3, which grow linearly.
+
+    Raises:
+        Failed: a step failed for another reason than memory.
     """
-    if torch.device(case.device).type == "cpu":
-        one, three = (_alone_in_a_process(replace(case, minibatch=n)) for n in (1, 3))
-        each = (three["peak_mib"] - one["peak_mib"]) / 2
-        fixed = one["peak_mib"] - each + 4 * one["parameters"] / 2**20  # gradients and momentum; the weights themselves
-        return max(0, int((budget / 2**20 - fixed) / each)), "from the peaks at minibatch 1 and 3"
+    if torch.device(case.device).type == "cuda":
+        with contextlib.closing(_in_a_process("fitting", case, budget)) as answers:
+            return next(answers)["largest"], "tried"
+    one, three = (_first(replace(case, minibatch=n)) for n in (1, 3))
+    each = (three["peak_mib"] - one["peak_mib"]) / 2
+    fixed = one["peak_mib"] - each + 4 * one["parameters"] / 2**20  # gradients and momentum; the weights themselves
+    return max(0, int((budget / 2**20 - fixed) / each)), "from the peaks at minibatch 1 and 3"
+
+
+def _first(case: Case) -> dict:
+    with contextlib.closing(_in_a_process("course", case)) as answers:
+        return next(answers)
+
+
+def fitting(case: Case, budget: int) -> Iterator[dict]:
+    """The largest minibatch of `largest_minibatch` on CUDA, tried in this process."""
     total = torch.cuda.get_device_properties(case.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), torch.device(case.device))
-    try:
-        fits, fails = 0, 1
-        while _fits(replace(case, minibatch=fails)):
-            fits, fails = fails, 2 * fails
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            fits, fails = (middle, fails) if _fits(replace(case, minibatch=middle)) else (fits, middle)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, torch.device(case.device))
-    return fits, "tried"
+    fits, fails = 0, 1
+    while _fits(replace(case, minibatch=fails)):
+        fits, fails = fails, 2 * fails
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if _fits(replace(case, minibatch=middle)) else (fits, middle)
+    yield {"largest": fits}
 
 
 def _fits(case: Case) -> bool:
@@ -255,12 +327,18 @@ def _fits(case: Case) -> bool:
         step = Step(case)
         for _ in range(3):
             step()
+        _wait(step.device)
         return True
-    except torch.OutOfMemoryError:
-        return False
+    except Exception as error:
+        if out_of_memory(error):
+            return False
+        raise
     finally:
         step = None
-        _free()
+        gc.collect()
+        if case.suffix:
+            torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 
 def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 64) -> float:
@@ -279,11 +357,21 @@ def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 6
     return 1 / median(seconds)
 
 
-def table(cases: list[Case], rounds: int, memory: bool = True, say=lambda line: None) -> list[dict]:
+def table(
+    cases: list[Case],
+    rounds: int,
+    memory: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
     """Measure all cases; one row each.
 
     Ratios are those of the same round, to BN, to folded BN and to no normalisation of the same mode (plain, compiled or
-    graphs) where that was measured too; `..._low` and `..._high` are their extremes over the rounds.
+    graphs) where that was measured too; `..._low` and `..._high` are their extremes over the rounds. A case that fails
+    has "failed", why, and the figures until then; no ratio is to it.
+
+    Args:
+        keep: gets the rows so far whenever something of them has been measured.
     """
     rows = []
     groups: dict[tuple, list[Case]] = {}
@@ -291,41 +379,68 @@ def table(cases: list[Case], rounds: int, memory: bool = True, say=lambda line: 
         groups.setdefault((case.network, case.minibatch, case.precision), []).append(case)
     for (network, minibatch, precision), group in groups.items():
         say(f"{network}, minibatch {minibatch}, {precision}")
-        figures = []
-        for case in group:
-            if memory:
-                say(f"memory of {case.variant}")
-            figures.append(measure_alone(case) if memory else {})
-        seconds = times(group, rounds, say)
-        for i, case in enumerate(group):
-            row = {
-                "network": network,
-                "variant": case.variant,
-                "minibatch": minibatch,
-                "precision": precision,
-                "step_ms": 1e3 * median(seconds[i]),
-                "step_ms_low": 1e3 * min(seconds[i]),
-                "step_ms_high": 1e3 * max(seconds[i]),
-                "images_per_second": minibatch / median(seconds[i]),
-                **figures[i],
-            }
-            for base in BASES:
-                names = [other.variant for other in group]
-                if base + case.suffix in names:
-                    j = names.index(base + case.suffix)
-                    ratios = [a / b for a, b in zip(seconds[i], seconds[j], strict=True)]
-                    row[f"time_to_{base}"] = median(ratios)
-                    row[f"time_to_{base}_low"], row[f"time_to_{base}_high"] = min(ratios), max(ratios)
-                    for key in ("kept_mib", "peak_mib"):
-                        if memory:
-                            row[f"{key.removesuffix('_mib')}_to_{base}"] = figures[i][key] / figures[j][key]
-            if row.get("gflop"):
-                row["tflop_per_second"] = row["gflop"] / row["step_ms"]
-            rows.append(row)
+        own = [
+            {"network": network, "variant": case.variant, "minibatch": minibatch, "precision": precision}
+            for case in group
+        ]
+        with contextlib.ExitStack() as courses:
+            _measure(group, own, rounds, memory, courses, say, lambda rows=(*rows, *own): keep([*rows]))
+        rows += own
     return rows
 
 
-if __name__ == "__main__":  # one case, alone in this process
-    settings = json.loads(sys.argv[1])
-    torch.set_num_threads(settings.pop("threads"))
-    print(json.dumps(alone(Case(**{**settings, "size": tuple(settings["size"])}))))
+def _measure(group: list[Case], rows: list[dict], rounds: int, memory: bool, courses, say, keep) -> None:
+    """Fill the rows of cases that take turns, in changing order."""
+    running: dict[int, Iterator[dict]] = {}
+    turns: list[list[dict]] = [[] for _ in group]
+
+    def ask(i: int) -> dict:
+        try:
+            return next(running[i])
+        except Exception as error:
+            del running[i]
+            rows[i]["failed"] = str(error) if isinstance(error, Failed) else _failure(error)
+            return {}
+
+    for i, case in enumerate(group):
+        say(f"{case.variant}: memory and warming up" if memory else f"warming up {case.variant}")
+        alone = memory or torch.device(case.device).type == "cuda"
+        running[i] = _in_a_process("course", case, memory) if alone else course(case, memory)
+        courses.enter_context(contextlib.closing(running[i]))
+        rows[i] |= ask(i)
+        keep()
+    for turn in range(rounds):
+        order = list(running)
+        for i in order if turn % 2 == 0 else reversed(order):
+            if answer := ask(i):
+                turns[i].append(answer)
+        for i in running:
+            _sum_up(i, group, rows, turns, running)
+        say(f"round {turn + 1} of {rounds}")
+        keep()
+
+
+def _sum_up(i: int, group: list[Case], rows: list[dict], turns: list[list[dict]], running) -> None:
+    """The figures of row i from the rounds so far."""
+    case, row, seconds = group[i], rows[i], [turn["step"] for turn in turns[i]]
+    row["step_ms"] = 1e3 * median(seconds)
+    row["step_ms_low"], row["step_ms_high"] = 1e3 * min(seconds), 1e3 * max(seconds)
+    row["images_per_second"] = case.minibatch / median(seconds)
+    if row.get("gflop"):
+        row["tflop_per_second"] = row["gflop"] / row["step_ms"]
+    if "host" in turns[i][0]:
+        row["host_ms"] = 1e3 * median(turn["host"] for turn in turns[i])
+    for base in BASES:
+        j = next((j for j in running if group[j].variant == base + case.suffix), None)
+        if j is None:
+            continue
+        ratios = [a / b["step"] for a, b in zip(seconds, turns[j], strict=True)]
+        row[f"time_to_{base}"] = median(ratios)
+        row[f"time_to_{base}_low"], row[f"time_to_{base}_high"] = min(ratios), max(ratios)
+        for key in ("kept", "peak"):
+            if f"{key}_mib" in row:
+                row[f"{key}_to_{base}"] = row[f"{key}_mib"] / rows[j][f"{key}_mib"]
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

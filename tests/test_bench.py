@@ -1,14 +1,30 @@
 """The benchmark's bookkeeping, on networks small enough for seconds. No time is asserted."""
 
 import csv
+import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import agcseg.bench
+import agcseg.cli.bench
 from agcseg import ConvUnit
-from agcseg.bench import FOLDED, MODES, VARIANTS, Case, Step, alone, kept_for_backward, largest_minibatch
+from agcseg.bench import (
+    FOLDED,
+    MODES,
+    VARIANTS,
+    Case,
+    Step,
+    course,
+    fitting,
+    kept_for_backward,
+    largest_minibatch,
+    table,
+)
+from agcseg.bench_tables import write_results
 from agcseg.cli.bench import main
 from agcseg.nn import NORMS
 from agcseg.nn.background import BACKGROUNDS
@@ -61,12 +77,12 @@ def test_kept_bytes_by_hand():
 
 
 @pytest.mark.parametrize("values", [{}, {"network": "classnet", "size": (128, 256)}])
-def test_alone(values):
-    figures = alone(case(**values))
+def test_memory_and_work(values):
+    figures = next(course(case(**values)))
     step = Step(case(**values))
     assert figures["parameters"] == sum(p.numel() for p in step.network.parameters())
     assert figures["kept_mib"] > 0 and figures["gflop"] > 0
-    assert alone(case(minibatch=2, **values))["gflop"] == pytest.approx(2 * figures["gflop"])
+    assert next(course(case(minibatch=2, **values)))["gflop"] == pytest.approx(2 * figures["gflop"])
 
 
 def test_gflop_of_segnet():
@@ -109,12 +125,106 @@ def test_inference(tmp_path, capsys):
     assert "time/bn-folded" in capsys.readouterr().out
 
 
+def test_a_case_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch, capsys):
+    """At its start or in a later round; what was measured before is on disk by then, and the exit code is 1."""
+    kept = []
+
+    def step(case, memory):
+        if case.variant == "agc":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield {"kept_mib": 2.0, "gflop": 1.0}
+        for turn in itertools.count():
+            if case.variant == "none" and turn == 1:
+                raise RuntimeError("a kernel\nand more")
+            kept.append((tmp_path / "bench.md").read_text())
+            yield {"step": 0.5, "host": 0.25}
+
+    monkeypatch.setattr(agcseg.bench, "_in_a_process", lambda what, case, memory: step(case, memory))
+    arguments = ["--variants", "bn,agc,none", "--rounds", "3", "--size", "32x64", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "| segnet | agc | 1 | fp32 |" in kept[0] and "out of memory" in kept[0] and "500.0" not in kept[0]
+    with open(tmp_path / "bench.csv") as file:
+        bn, agc, none = csv.DictReader(file)
+    assert (bn["step_ms"], bn["host_ms"], bn["failed"], bn["kept_to_bn"]) == ("500.0", "250.0", "", "1.0")
+    assert (agc["step_ms"], agc["failed"]) == ("", "out of memory")
+    assert none["failed"] == "RuntimeError: a kernel" and bn["time_to_none"] == "1.0"  # of the first round
+    assert (tmp_path / "bench.png").stat().st_size > 1000 and "RuntimeError: a kernel" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_a_row_that_says_so(tmp_path, monkeypatch):
+    """Killed, or ended by an error of its own; and one that answers."""
+    for name, code in (("a", "import os; os.kill(os.getpid(), 9)"), ("b", "raise SystemExit('no such GPU')")):
+        monkeypatch.setattr(agcseg.bench.sys, "executable", str(tmp_path / name))
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.orig_argv[0]} -c "{code}"\n')
+        (tmp_path / name).chmod(0o755)
+        (row,) = table([case()], 1)
+        assert row["failed"] == {"a": "exit code -9: it wrote nothing", "b": "exit code 1: no such GPU"}[name]
+
+
+def test_what_several_calls_measured_is_one_table(tmp_path, capsys):
+    for name, variant in (("a", "bn"), ("b", "agc")):
+        row = {"network": "segnet", "variant": variant, "minibatch": 1, "precision": "fp32", "step_ms": 10.5}
+        write_results(tmp_path / name, [row], "a GPU, today")
+    assert main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
+    assert "a GPU, today\n\n| network | variant |" in capsys.readouterr().out
+    assert "| segnet | agc | 1 | fp32 | 10.5 |" in (tmp_path / "bench.md").read_text()
+    assert main(["--show", str(tmp_path / "c"), "--out", str(tmp_path)]) == 2
+
+
+def test_data_that_fail_take_no_step_with_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(agcseg.cli.bench, "table", lambda *rest: [{"minibatch": 1, "images_per_second": 2.0}])
+    monkeypatch.setattr(agcseg.cli.bench, "write_results", lambda *rest, **more: None)
+    arguments = ["--data", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(agcseg.cli.bench, "delivery", lambda *rest: 100.0)
+    assert main(arguments) == 0 and "2.00% of the time" in capsys.readouterr().out
+    monkeypatch.setattr(agcseg.cli.bench, "delivery", lambda *rest: 1 / 0)
+    assert main(arguments) == 1 and "failed (ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_budget_on_cuda_searches_by_trying(monkeypatch):
+    """Whatever tells of no memory, cuDNN in its words too, means that a minibatch does not fit."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100))
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    class Trial:
+        device = torch.device("cpu")
+
+        def __init__(self, case):
+            self.minibatch = case.minibatch
+
+        def __call__(self):
+            if self.minibatch > 11:
+                raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(agcseg.bench, "Step", Trial)
+    assert list(fitting(case(device="cuda:0"), 25)) == [{"largest": 11}] and limits == [0.25]
+    monkeypatch.setattr(agcseg.bench, "Step", lambda case: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(fitting(case(device="cuda:0"), 25))
+
+
+def test_a_budget_that_fails_is_a_row_too(tmp_path, monkeypatch, capsys):
+    def largest(case, budget):
+        if case.variant == "agc":
+            raise agcseg.bench.Failed("RuntimeError: a kernel")
+        return 7, "tried"
+
+    monkeypatch.setattr(agcseg.cli.bench, "largest_minibatch", largest)
+    arguments = ["--budget", "12GiB", "--variants", "bn,agc", "--precision", "both", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    text = (tmp_path / "budget.md").read_text()
+    assert "| segnet | bn | bf16 | 7 | tried |  |" in text and text.count("RuntimeError: a kernel") == 2
+    assert "at most 12 GiB for torch" in text
+
+
 def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
     """Weights 1 MiB; gradients and momentum 2 MiB and 5 MiB per image above that: 33 MiB hold six images."""
     peaks = {1: 7.0, 3: 17.0}
     monkeypatch.setattr(
         agcseg.bench,
-        "_alone_in_a_process",
+        "_first",
         lambda case: {"peak_mib": peaks[case.minibatch], "parameters": 2**18},
     )
     assert [largest_minibatch(case(), mib * 2**20)[0] for mib in (2, 7, 8, 33)] == [0, 0, 1, 6]

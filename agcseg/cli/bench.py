@@ -1,21 +1,18 @@
 """The program agcseg-bench."""
 
 import argparse
-import csv
-import io
 import platform
 import sys
 from datetime import date
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
-from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, delivery, largest_minibatch, table
+from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, Failed, delivery, largest_minibatch, table
+from agcseg.bench_tables import markdown, plain, read_results, write_results
 from agcseg.errors import UserError
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
-from agcseg.record.files import write
 from agcseg.training.machine import device_name, find_device
 
 EPILOG = (
@@ -37,21 +34,14 @@ noise also with -compiled (torch.compile) or -graphs (the same with CUDA graphs)
 
 columns: step = forward, backward and update, median over the rounds; time/bn, time/none = ratio to the same step with
 batch normalisation or none, round by round, with its extremes; kept = MiB that autograd keeps for backward; peak = MiB
-above the idle network and its data, gradients and momentum included
+above the idle network and its data, gradients and momentum included; on CUDA also the host's milliseconds until it has
+asked for all of a step, its launches of kernels and its waits for the device. A case that fails is a row that says why;
+the others go on, and the exit code is 1
 
-written into the folder of --out: bench.csv, bench.md, bench.png
+written into the folder of --out while it measures: bench.csv, bench.md; at the end bench.png
 """
 )
 INFERENCE = ["agc-onepass", "agc", "agc-literal", "bn-folded", "bn", "none"]
-COLUMNS = (  # key, heading, format
-    ("network", "network", ""), ("variant", "variant", ""), ("minibatch", "minibatch", ""),
-    ("precision", "precision", ""),
-    ("step_ms", "step ms", ".0f"), ("time_to_bn", "time/bn", ".3f"), ("time_to_none", "time/none", ".3f"),
-    ("time_to_bn-folded", "time/bn-folded", ".3f"),
-    ("images_per_second", "images/s", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("kept_to_bn", "kept/bn", ".3f"),
-    ("peak_mib", "peak MiB", ".0f"), ("peak_to_bn", "peak/bn", ".3f"), ("parameters", "parameters", ","),
-    ("gflop", "GFLOP", ".1f"), ("tflop_per_second", "TFLOP/s", ".2f"),
-)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--network", type=_names(NETWORKS), default=["segnet"], help=f"of {', '.join(NETWORKS)} (default: segnet)")
     add("--variants", type=_names(VARIANTS), help="see below (default: bn,agc,none)")
     add("--minibatch", type=_numbers, default=[1], help="such as 1,4,8 (default: 1)")
-    add("--precision", type=_names(("fp32", "bf16")), default=["fp32"], help="fp32, bf16 or both (default: fp32)")
+    add("--precision", type=_precisions, default=["fp32"], help="fp32, bf16 or both (default: fp32)")
     add("--size", type=_size, default=(256, 512), help="height x width (default: 256x512)")
     add("--width", type=float, default=1.0, help="factor on the network's widths (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
@@ -77,13 +67,19 @@ def main(argv: list[str] | None = None) -> int:
     add("--no-memory", action="store_true", help="times only")
     add("--budget", type=_bytes, help="find the largest minibatch within so much memory, such as 12GiB, instead")
     add("--data", action="store_true", help="also measure what the cache delivers")
+    add(
+        "--show", type=Path, nargs="+", metavar="FOLDER", help="measure nothing: one table and picture of these folders"
+    )
     add("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (default: outputs/bench)")
     arguments = parser.parse_args(argv)
     try:
-        return _bench(arguments)
+        return _show(arguments.show, arguments.out) if arguments.show else _bench(arguments)
     except (UserError, OSError) as error:
         print(f"agcseg-bench: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nagcseg-bench: stopped; what was measured is in the folder of --out", file=sys.stderr)
+        return 130
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -129,32 +125,31 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.budget:
         return _budget(cases, arguments, where)
     memory = not (arguments.no_memory or arguments.inference)
-    rows = table(cases, arguments.rounds, memory, _say)
-    print(_text(rows))
+    rows = table(
+        cases, arguments.rounds, memory, _say, lambda rows: write_results(arguments.out, rows, where, pictures=False)
+    )
+    notes = _delivered(rows, arguments, str(device)) if arguments.data else []
+    write_results(arguments.out, rows, where, notes)
+    print("\n".join([plain(rows), *notes, f"wrote bench.csv, bench.md and bench.png into {arguments.out}"]))
+    return int(any("failed" in row for row in rows) or any(": failed" in note for note in notes))
+
+
+def _delivered(rows: list[dict], arguments: argparse.Namespace, device: str) -> list[str]:
+    """A line for each minibatch size."""
     notes = []
-    if arguments.data:
-        for minibatch in arguments.minibatch:
-            speed = delivery(arguments.size, minibatch, str(device))
-            fastest = max(row["images_per_second"] for row in rows if row["minibatch"] == minibatch)
-            notes.append(
-                f"cache and minibatches of {minibatch} deliver {speed:.0f} images/s with no network: "
-                f"{fastest / speed:.2%} of the time of the fastest step above"
-            )
-    print("\n".join(notes))
-    out = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(out / "bench.csv", text.getvalue())
-    write(out / "bench.md", f"{where}\n\n{_markdown(rows)}\n" + "".join(f"\n{note}\n" for note in notes))
-    picture = io.BytesIO()
-    _bars(rows, where).savefig(picture, format="png", dpi=110)
-    write(out / "bench.png", picture.getvalue())
-    print("\n".join(f"wrote {out / name}" for name in ("bench.csv", "bench.md", "bench.png")))
-    return 0
+    for minibatch in arguments.minibatch:
+        what = f"cache and minibatches of {minibatch}"
+        try:
+            speed = delivery(arguments.size, minibatch, device)
+        except Exception as error:  # the steps have been measured all the same
+            notes.append(f"{what}: failed ({type(error).__name__}: {error})")
+            continue
+        fastest = max((row.get("images_per_second", 0) for row in rows if row["minibatch"] == minibatch), default=0)
+        notes.append(
+            f"{what} deliver {speed:.0f} images/s with no network: {fastest / speed:.2%} of the time of the fastest "
+            "step above"
+        )
+    return notes
 
 
 def _budget(cases: list[Case], arguments: argparse.Namespace, where: str) -> int:
@@ -163,69 +158,29 @@ def _budget(cases: list[Case], arguments: argparse.Namespace, where: str) -> int
     rows = []
     for case in cases:
         _say(f"{case.network}, {case.variant}, {case.precision}")
-        largest, how = largest_minibatch(case, arguments.budget)
-        rows.append({"network": case.network, "variant": case.variant, "precision": case.precision, "largest": largest})
-        print(f"{case.network} {case.variant} {case.precision}: largest minibatch {largest} ({how})", flush=True)
-    lines = [f"| {r['network']} | {r['variant']} | {r['precision']} | {r['largest']} |" for r in rows]
-    head = ["| network | variant | precision | largest minibatch |", "| --- | --- | --- | ---: |"]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    title = f"{where}; budget {arguments.budget / 2**30:g} GiB, {how}"
-    write(arguments.out / "budget.md", "\n".join([title, "", *head, *lines]) + "\n")
-    print(f"wrote {arguments.out / 'budget.md'}")
+        row = {"network": case.network, "variant": case.variant, "precision": case.precision}
+        try:
+            row["largest"], row["how"] = largest_minibatch(case, arguments.budget)
+        except Failed as failed:
+            row["failed"] = str(failed)
+        rows.append(row)
+        title = f"{where}; at most {arguments.budget / 2**30:g} GiB for torch"
+        write_results(arguments.out, rows, title, name="budget")
+    print(plain(rows))
+    print(f"wrote budget.csv and budget.md into {arguments.out}")
+    return int(any("failed" in row for row in rows))
+
+
+def _show(folders: list[Path], out: Path) -> int:
+    """One table and one picture of what several calls have measured."""
+    found = [read_results(folder / "bench.csv") for folder in folders if (folder / "bench.csv").exists()]
+    if not found:
+        raise UserError(f"--show: no bench.csv in {', '.join(map(str, folders))}")
+    rows = [row for rows, _ in found for row in rows]
+    where = " | ".join(dict.fromkeys(where for _, where in found))
+    write_results(out, rows, where)
+    print(f"{where}\n\n{markdown(rows)}")
     return 0
-
-
-def _cells(rows: list[dict]) -> list[list[str]]:
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
-    lines = [[heading for _, heading, _ in columns]]
-    for row in rows:
-        cells = []
-        for key, _, form in columns:
-            cell = "" if row.get(key) is None else format(row[key], form)
-            if f"{key}_low" in row and key.startswith("time"):
-                cell += f" ({row[f'{key}_low']:.2f}-{row[f'{key}_high']:.2f})"
-            cells.append(cell)
-        lines.append(cells)
-    return lines
-
-
-def _text(rows: list[dict]) -> str:
-    lines = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-
-
-def _markdown(rows: list[dict]) -> str:
-    head, *lines = _cells(rows)
-    ruler = ["---", "---", *["---:"] * (len(head) - 2)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *lines))
-
-
-def _bars(rows: list[dict], where: str) -> Figure:
-    """One panel per figure, one bar per row."""
-    panels = [
-        (key, title)
-        for key, title in (
-            ("step_ms", "ms per step"), ("kept_mib", "MiB kept for backward"), ("peak_mib", "MiB at the peak")
-        )
-        if any(row.get(key) is not None for row in rows)
-    ]  # fmt: skip
-    figure = Figure(figsize=(4 + 3.4 * len(panels), 1.2 + 0.34 * len(rows)), layout="constrained")
-    said = [key for key in ("network", "variant", "minibatch", "precision") if len({row[key] for row in rows}) > 1]
-    names = [", ".join(f"{'minibatch ' * (key == 'minibatch')}{row[key]}" for key in said) for row in rows]
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        bars = axes.barh(
-            range(len(rows)), [row[key] for row in rows], color=[f"C{variants.index(row['variant'])}" for row in rows]
-        )
-        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
-        axes.margins(x=0.18)
-        axes.set_title(title, fontsize=10)
-        axes.set_yticks(range(len(rows)), names, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].invert_yaxis()
-    figure.suptitle(where, fontsize=8)
-    return figure
 
 
 def _say(line: str) -> None:
@@ -241,6 +196,10 @@ def _names(known):
         return text.split(",")
 
     return names
+
+
+def _precisions(text: str) -> list[str]:
+    return ["fp32", "bf16"] if text == "both" else _names(("fp32", "bf16"))(text)
 
 
 def _numbers(text: str) -> list[int]:

@@ -32,7 +32,7 @@ from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
-from agcseg.training.machine import out_of_memory, peak_memory, reset_peak_memory
+from agcseg.training.machine import out_of_memory, peak_memory, reset_peak_memory, settings
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
@@ -244,8 +244,8 @@ def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
     Raises:
         Failed: it raised, or the process died.
     """
-    settings = {"what": what, "case": asdict(case), "arguments": arguments, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "agcseg.bench", json.dumps(settings)]
+    order = {"what": what, "case": asdict(case), "arguments": arguments, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "agcseg.bench", json.dumps(order)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
@@ -269,17 +269,18 @@ def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
             process.stdout.close()
 
 
-def _serve(settings: dict) -> None:
+def _serve(order: dict) -> None:
     """The other end of `_in_a_process`."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what else is printed is no answer
-    torch.set_num_threads(settings["threads"])
-    case = Case(**{**settings["case"], "size": tuple(settings["case"]["size"])})
+    torch.set_num_threads(order["threads"])
+    case = Case(**{**order["case"], "size": tuple(order["case"]["size"])})
     try:
-        for answer in {"course": course, "fitting": fitting}[settings["what"]](case, *settings["arguments"]):
-            print(json.dumps(answer), file=answers, flush=True)
-            if not sys.stdin.readline():
-                return
+        with settings(case.precision):  # those of a run
+            for answer in {"course": course, "fitting": fitting}[order["what"]](case, *order["arguments"]):
+                print(json.dumps(answer), file=answers, flush=True)
+                if not sys.stdin.readline():
+                    return
     except Exception as error:
         print(json.dumps({"failed": _failure(error)}), file=answers, flush=True)
 

@@ -262,6 +262,7 @@ class Page:
         with pytest.MonkeyPatch.context() as patch:
             if "-compiled" in str(arguments):
                 patch.setattr(agcseg.cli.bench, "_bench", lambda parsed: 0)
+            patch.setattr(agcseg.cli.bench, "_show", lambda folders, out: 0)
             assert agcseg.cli.bench.main([*arguments, *less]) == 0
 
     def tensorboard(self, arguments: list[str]) -> None:

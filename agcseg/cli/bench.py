@@ -56,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--network", type=_names(NETWORKS), default=["segnet"], help=f"of {', '.join(NETWORKS)} (default: segnet)")
     add("--variants", type=_names(VARIANTS), help="see below (default: bn,agc,none)")
     add("--minibatch", type=_numbers, default=[1], help="such as 1,4,8 (default: 1)")
-    add("--precision", type=_precisions, default=["fp32"], help="fp32, bf16 or both (default: fp32)")
+    add(
+        "--precision",
+        type=_precisions,
+        default=["fp32"],
+        help="of fp32, tf32, bf16; both: fp32 and bf16 (default: fp32)",
+    )
     add("--size", type=_size, default=(256, 512), help="height x width (default: 256x512)")
     add("--width", type=float, default=1.0, help="factor on the network's widths (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
@@ -199,7 +204,7 @@ def _names(known):
 
 
 def _precisions(text: str) -> list[str]:
-    return ["fp32", "bf16"] if text == "both" else _names(("fp32", "bf16"))(text)
+    return ["fp32", "bf16"] if text == "both" else _names(("fp32", "tf32", "bf16"))(text)
 
 
 def _numbers(text: str) -> list[int]:

@@ -28,6 +28,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from test_data import write_camvid
+from test_folder import write_folder
 
 import agcseg.cli.bench
 import agcseg.cli.data
@@ -147,6 +148,7 @@ def setting(streets, tmp_path_factory):
     cityscapes, test = folder / "data/cityscapes", folder / "data/cityscapes/leftImg8bit/test/berlin"
     shutil.copytree(streets, cityscapes)
     write_camvid(folder / "data/CamVid")
+    (write_folder(folder / "data/mine") / "classes.yaml").unlink()  # a page drafts it
     test.mkdir(parents=True)
     scene = Image.open(next(streets.glob("leftImg8bit/val/*/*.png")))
     scene.resize((2048, 1024)).save(test / "berlin_000000_000019_leftImg8bit.png")

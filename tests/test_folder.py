@@ -1,5 +1,6 @@
 """Your own data: patterns, class files and their drafts, the check, and what a run keeps of them."""
 
+import logging
 import os
 import shutil
 
@@ -12,10 +13,12 @@ from test_trained import ended
 
 import agcseg
 from agcseg.cli import eval as eval_program
+from agcseg.cli import export as export_program
 from agcseg.cli import predict as predict_program
 from agcseg.cli.data import DataProgram, inspect, write_draft
 from agcseg.config import Config, DataConfig, FolderConfig, NetworkConfig, check
-from agcseg.data import find_data, find_samples, open_data
+from agcseg.data import find_data, find_samples, open_data, streets_root
+from agcseg.data.cache import open_cache
 from agcseg.data.folder import read_classes
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN, Classes
 from agcseg.data.layout import check as check_samples
@@ -492,3 +495,60 @@ def test_nobody_listens(tmp_path, monkeypatch, capfd):
         assert ended(eval_program, tmp_path / "run") == 0
         monkeypatch.undo()
     assert "Traceback" not in capfd.readouterr().err and (tmp_path / "run/eval-folder-val-training.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_links_to_nothing_are_named(tmp_path, kind):
+    layout, root = LAYOUT._replace(instances=None), write_cityscapes(tmp_path / "data")
+    for sample in list_samples(layout, root, "train"):
+        getattr(sample, kind).unlink()
+        getattr(sample, kind).symlink_to(tmp_path / "nowhere.png")
+    samples = list_samples(layout, root, "train")
+    with pytest.raises(UserError, match="2 files of Cityscapes cannot be used:\n .*: missing, a link to nothing\n"):
+        open_cache(layout, samples, (32, 64), tmp_path / "cache", "train")
+    assert all("a link to nothing" in str(problem) for problem in check_samples(samples, layout)[0])
+
+
+def test_what_a_killed_process_left_of_the_streets_is_removed(tmp_path):
+    part = tmp_path / ".streets1-1+1-64x128-seed0.partial-1"
+    part.mkdir()
+    root = streets_root(tmp_path, 1, 1, (64, 128), 0, lambda line: None)
+    assert root.is_dir() and not part.exists() and not [*tmp_path.glob("*.tmp")]
+
+
+def test_a_log_whose_reader_is_gone_is_no_traceback(tmp_path, monkeypatch, capfd):
+    """agcseg-data ... | head -1"""
+    root = write_folder(tmp_path / "data")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    log, closed = logging.getLogger("agcseg"), os.fdopen(theirs, "w")
+    handler = logging.StreamHandler(closed)
+    log.addHandler(handler)
+    try:
+        assert inspect(DataProgram(data_of(root))) == 0
+    finally:
+        log.removeHandler(handler)
+        with pytest.raises(BrokenPipeError):
+            closed.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_error_without_a_file_gets_one(tmp_path, monkeypatch, capsys):
+    """A full disk names no file; the programs do, and exit with 2."""
+    root = write_folder(tmp_path / "data")
+    run(configured(root), tmp_path / "run")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = {
+        eval_program: [f"output={tmp_path}"],
+        predict_program: [f"input={root}/images/val", f"output={tmp_path}/out"],
+        export_program: ["format=torch", f"output={tmp_path}/network.pt2"],
+    }
+    for program, given in arguments.items():
+        assert ended(program, tmp_path / "run", *given) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path) in said and "No space left on device" in said and said.count("\n") == 1, said
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file() and path.name != ".lock"]

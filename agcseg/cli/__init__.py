@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import logging
 import os
 import re
 import sys
@@ -17,6 +18,10 @@ from PIL import Image
 from agcseg import __version__
 from agcseg.errors import UserError
 
+logging.raiseExceptions = False  # a closed pipe is no reason for a traceback per line
+for _stream in (sys.stdout, sys.stderr):
+    if hasattr(_stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
+        _stream.reconfigure(errors="backslashreplace")
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses from twice as many on; its own limit is made for unknown senders
 
 _installed = Path(__file__).parents[1] / "configs"

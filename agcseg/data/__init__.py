@@ -1,5 +1,6 @@
 """Data sets: where files lie and what labels mean, one memory map at training size, minibatches. Knows no network."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, i
             with locked(root, say):
                 if not root.is_dir():
                     say(f"making {train} + {val} street scenes of {size[0]}x{size[1]} in {root}")
+                    for part in cache_dir.glob(f".{root.name}.partial-*"):  # of killed processes: we hold the lock
+                        shutil.rmtree(part, ignore_errors=True)
                     sign = Path(f"{root}.tmp")
 
                     def alive(jobs):

@@ -189,14 +189,18 @@ def not_writable(error: OSError, cache_dir: Path) -> UserError:
 
 
 def _key(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
-    def described(path: Path) -> tuple:
+    files, missing, folders = [], [], {}
+    for path in (path for s in samples for path in (s.image, s.label, s.instance) if path):
         try:
             stat = path.stat()
         except FileNotFoundError:
-            raise FileError(path, "missing, a link to nothing" if path.is_symlink() else "missing") from None
-        return str(path.parent.resolve() / path.name), stat.st_size, stat.st_mtime_ns
-
-    files = [described(path) for s in samples for path in (s.image, s.label, s.instance) if path]
+            missing.append(FileError(path, "missing, a link to nothing" if path.is_symlink() else "missing"))
+            continue
+        folder = folders.setdefault(path.parent, None) or path.parent.resolve()
+        folders[path.parent] = folder
+        files.append((str(folder / path.name), stat.st_size, stat.st_mtime_ns))
+    if missing:
+        raise UserError("\n  ".join([f"{len(missing)} files of {layout.title} cannot be used:", *by_cause(missing)]))
     meaning = [sorted(table.items()) for table in (layout.classes.from_file, layout.classes.from_color)]
     key = [VERSION, layout.name, meaning, size, files]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -226,6 +227,13 @@ def check(config: Config) -> None:
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     expect(config.images >= 0, f"images={config.images}: must not be negative")
+    for key in ("root", "cache_dir"):
+        value = getattr(data, key)
+        try:
+            Path(value or "").expanduser()
+        except RuntimeError:
+            problems.append(f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+    expect(data.root is not None or data.name == "streets", f"data.root: give the folder of {data.name}")
     expect(bool(config.name), "name: must not be empty")
     for key in ("name", "run"):
         value = getattr(config, key) or ""

@@ -1,9 +1,15 @@
 """The programs as a user meets them, each in a process of its own."""
 
+import errno
+import io
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +69,7 @@ def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
     first.terminate()
     _, said = first.communicate(timeout=120)
     assert first.returncode == 143 and "Traceback" not in said
-    assert "agcseg-train: stopped; the same command goes on from the last epoch" in said
+    assert "agcseg-train: stopped; the same command goes on from the last checkpoint" in said
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,132 @@ def test_out_of_memory_says_what_to_do(monkeypatch, tmp_path, capsys, sweep):
     assert ended.value.code == (1 if sweep else 2)
     expected = "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); try a smaller minibatch"
     assert expected in capsys.readouterr().err
+
+
+@pytest.fixture
+def inside(monkeypatch, tmp_path, capsys):
+    """Call agcseg-train in this process: exit code, and what it complained of."""
+    from agcseg.cli import train
+
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # this process keeps its own
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["agcseg-train", *arguments])
+        try:
+            train.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link", "read-only", "full", "long", "result", "no names"])
+def test_files_that_cannot_be_used_are_one_line(inside, small, tmp_path, monkeypatch, what):
+    expected, more = "outputs", []
+    if what == "file":
+        (tmp_path / "outputs").touch()
+    elif what == "dangling link":
+        (tmp_path / "outputs").symlink_to("nowhere")
+    elif what == "read-only":
+        original = Path.mkdir
+
+        def mkdir(path, *arguments, **options):
+            if path.name in ("outputs", "streets", "run"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    elif what == "full":
+        monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        expected = "config.yaml"
+    elif what == "long":
+        more, expected = ["run=" + 300 * "x"], 300 * "x"
+    elif what == "result":
+        (tmp_path / "outputs/streets/run").mkdir(parents=True)
+        (tmp_path / "outputs/streets/run/metrics.csv").touch()
+        expected = "holds a run (metrics.csv) but no last.pt"
+    elif what == "no names":
+        more, expected = ["data.root=" + 5000 * "y"], "yyy"
+    code, said = inside(*small, "run=run", *more)
+    assert code == 2 and said.startswith("agcseg-train: error:") and expected in said
+    assert said.count("\n") == 1 or what == "no names"
+    assert not list(tmp_path.glob("outputs/*/*/.[a-km-z]*"))  # no half-written file
+
+
+def test_a_configuration_of_a_run_starts_it_again(inside, small, tmp_path):
+    assert inside(*small, "name=n=1", "momentum=0.8")[0] == 0
+    (folder,) = (tmp_path / "outputs/n=1").iterdir()
+    assert folder.name == "segnet-agc-mb4-lr0.08-seed1-data.size=32x64-momentum=0.8-network.width=0.05"
+    before = {path.name for path in tmp_path.iterdir()}
+    assert inside("-cd", str(folder), "-cn", "config", "epochs=2")[0] == 0
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 2
+    assert inside("--config-dir", str(folder), "--config-name=config", "seed=2")[0] == 0
+    assert len(list(folder.parent.iterdir())) == 2 and {path.name for path in tmp_path.iterdir()} == before
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + "weight_dcay: 1\n")
+    code, said = inside("-cd", str(folder), "-cn", "config")
+    assert code == 2 and "weight_dcay is not a key of the configuration; did you mean weight_decay" in said
+
+
+def test_a_sweep_with_one_folder_for_two_runs_starts_nothing(inside, small, tmp_path):
+    code, said = inside("-m", *small, "network.implementation=fast,literal")
+    assert code == 2 and "two runs of this sweep have one folder" in said and not (tmp_path / "outputs").exists()
+
+
+def test_texts_in_every_program_with_hydra(inside, small, tmp_path, streets, monkeypatch):
+    shutil.copytree(streets, tmp_path / "2026_11_25")
+    assert inside(*small, "data.root=2026_11_25", "name=it's (1)", "run=1e3")[0] == 0
+    assert (tmp_path / "outputs/it's (1)/1e3/result.json").exists()
+    from agcseg.cli import data
+
+    monkeypatch.setattr("sys.argv", ["agcseg-data", "data=streets", "data.root=2026_11_25", "build=false"])
+    data.main()
+    assert not (tmp_path / "20261125").exists()
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_nobody_need_listen_to_a_run(inside, small, tmp_path, monkeypatch, closed):
+    """A stream that is closed, or broken; no home folder; an empty XDG_CACHE_HOME."""
+    monkeypatch.setattr(sys, closed, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    arguments = [argument for argument in small if not argument.startswith("data.cache_dir")]
+    assert inside(*arguments, "run=one")[0] == 0
+    assert (tmp_path / "home/.cache/agcseg").is_dir()
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, closed, Broken())
+    assert inside(*arguments, "run=two")[0] == 0
+    assert (tmp_path / "outputs/streets/two/result.json").exists()
+
+
+def test_no_home_folder(inside, small, monkeypatch):
+    def nobody(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    code, said = inside("data=streets", "data.cache_dir=~/c")
+    assert code == 2 and "data.cache_dir=~/c: there is no home folder here; give data.cache_dir=FOLDER" in said
+
+
+def test_a_compiler_that_is_missing(inside, monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    from agcseg.cli import train
+
+    def run(config, folder):
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(train, "run", run)
+    code, said = inside("data=streets", "compile=true")
+    assert code == 2 and "compile=true: torch.compile cannot work here (" in said and said.count("\n") == 1
 
 
 def test_data_program(command, tmp_path):

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -195,18 +195,54 @@ def to_object(cfg: DictConfig, schema: type):
         raise UserError(str(error).splitlines()[0]) from None
 
 
+@contextlib.contextmanager
+def program(name: str) -> Iterator[None]:
+    """Around what a program does: streams that are closed or break are no mistake, letters that the locale does not
+    have are escaped, a user's mistake or a file that cannot be used is one line and exit code 2, Ctrl-C is 130."""
+    if not os.environ.get("XDG_CACHE_HOME", "unset"):
+        del os.environ["XDG_CACHE_HOME"]  # empty is as good as unset, says the specification
+    logging.raiseExceptions = False  # of handlers whose stream is gone
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):  # of a stream that something else put there
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (UserError, OSError) as error:
+        fail(name, error)
+    except KeyboardInterrupt:
+        stopped(name)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # or Python would complain at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def stopped(program: str) -> NoReturn:
     """End the program as Ctrl-C deserves."""
-    print(f"\n{program}: stopped", file=sys.stderr)
+    _complain(f"\n{program}: stopped")
     raise SystemExit(130) from None
 
 
 def fail(program: str, error: UserError | OSError) -> NoReturn:
     """End the program as a user's mistake deserves: the message alone, exit code 2."""
-    if isinstance(error, OSError) and error.filename:
-        error = f"{error.filename}: cannot be read or written ({error.strerror})"
-    print(f"{program}: error: {error}", file=sys.stderr)
+    _complain(f"{program}: error: {sentence(error)}")
     raise SystemExit(2)
+
+
+def sentence(error: Exception) -> str:
+    """What to say of an error; of a file that cannot be used, its name and why."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be read or written ({error.strerror})"
+    return str(error)
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # nobody there
+        print(line, file=sys.stderr, flush=True)
 
 
 def show(*lines: str) -> None:

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from tqdm import tqdm
 
-from agcseg.cli import CONFIGS, fail, hydra_arguments, stopped, to_object
+from agcseg.cli import CONFIGS, fail, hydra_arguments, program, to_object
 from agcseg.config import Config, DataConfig
 from agcseg.config import check as check_config
 from agcseg.data import find_data, open_data
@@ -21,6 +21,7 @@ from agcseg.data.pictures import left_out
 from agcseg.data.streets import make_streets
 from agcseg.errors import UserError, by_cause
 from agcseg.record.files import write
+from agcseg.training.lines import on_terminal
 
 log = logging.getLogger("agcseg")
 
@@ -117,15 +118,15 @@ def write_draft(data: DataConfig) -> None:
 
 
 def _progress(items, total: int | None, what: str = "decoding"):
-    return tqdm(items, what, total, unit="image", disable=not sys.stderr.isatty())
+    return tqdm(items, what, total, unit="image", disable=not on_terminal(sys.stderr))
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="data")
 def _job(cfg) -> None:
     try:
-        program = to_object(cfg, DataProgram)
-        check_config(Config(data=program.data, minibatch=1))
-        problems = write_draft(program.data) if program.draft else inspect(program)
+        wanted = to_object(cfg, DataProgram)
+        check_config(Config(data=wanted.data, minibatch=1))
+        problems = write_draft(wanted.data) if wanted.draft else inspect(wanted)
     except (UserError, OSError) as error:
         fail("agcseg-data", error)
     if problems:
@@ -133,11 +134,9 @@ def _job(cfg) -> None:
 
 
 def main() -> None:
-    sys.argv[1:] = hydra_arguments("agcseg-data", sys.argv[1:], DataProgram)
-    try:
+    with program("agcseg-data"):
+        sys.argv[1:] = hydra_arguments("agcseg-data", sys.argv[1:], DataProgram)
         _job()
-    except KeyboardInterrupt:
-        stopped("agcseg-data")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From a command line to the runs that it asks for: their configurations, and the folder of each."""
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -33,6 +34,10 @@ for setting in figure1.RUNS:  # options of the group figure1, for experiment/fig
         node["lr"] = {"value": setting.rate}
     ConfigStore.instance().store(group="figure1", name=setting.name, package="_global_", node=node)
 
+OWN_HYDRA = {
+    "hydra.run.dir": ".", "hydra.sweep.dir": "outputs/${name}", "hydra.sweep.subdir": ".",
+    "hydra.output_subdir": "null", "hydra/job_logging": "plain", "hydra/launcher": "gpus",
+}  # fmt: skip
 GROUPS = ("network", "norm", "data", "experiment", "figure1")
 
 
@@ -45,10 +50,23 @@ def folder_of(
         overrides: of the run, of which those that choose a file say what is usual for it.
         name, places: the primary configuration, and the folders of configurations.
     """
-    if not config.run:
-        usual = to_object(_composed(_choices(overrides), name, tuple(places)), Config)
-        return Path("outputs") / config.name / folder_name(config, usual)
-    return Path("outputs") / config.name / config.run
+    if config.run:
+        return Path("outputs") / config.name / config.run
+    choices, places = _choices(overrides), tuple(places)
+    if _is_plain(name, places):  # of no files but this one
+        choices = f"network={config.network.name}", f"norm={config.norm.name}", f"data={config.data.name}"
+        name, places = "train", (CONFIGS,)
+    return Path("outputs") / config.name / folder_name(config, to_object(_composed(choices, name, places), Config))
+
+
+def with_own_hydra(arguments: list[str]) -> list[str]:
+    """The command line, and where its primary configuration says nothing of Hydra, as a run's config.yaml does, what
+    train.yaml says of it."""
+    flags, places = _flags(arguments)
+    if not flags.config_name or not _is_plain(flags.config_name, places) or flags.shell_completion:
+        return arguments
+    given = {override.partition("=")[0].lstrip("+") for override in flags.overrides}
+    return arguments + [f"{key}={value}" for key, value in OWN_HYDRA.items() if key not in given]
 
 
 def check_sweep(arguments: list[str]) -> None:
@@ -60,8 +78,8 @@ def check_sweep(arguments: list[str]) -> None:
         UserError: two jobs have one folder, so that the second would find its run done, or go on with the first one's;
             or several experiments have sweeps of their own, of which Hydra takes none.
     """
-    flags = get_args_parser().parse_args(arguments)
-    name, places = flags.config_name or "train", (flags.config_path or CONFIGS, *filter(None, [flags.config_dir]))
+    flags, places = _flags(arguments)
+    name = flags.config_name or "train"
     folders: dict[Path, tuple[str, ...]] = {}
     try:
         for job, values in _jobs(flags.overrides, name, places):
@@ -114,6 +132,22 @@ def _jobs(overrides: list[str], name: str, places: tuple[str, ...]) -> Iterator[
                 if not (_choices([part.input_line]) or part.is_delete() or part.is_hydra_override())
             ],
         )
+
+
+def _flags(arguments: list[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """Hydra's flags, and the folders of configurations."""
+    flags = get_args_parser().parse_args(arguments)
+    return flags, (flags.config_path or CONFIGS, *filter(None, [flags.config_dir]))
+
+
+def _is_plain(name: str, places: tuple[str, ...]) -> bool:
+    """Whether a primary configuration is made of itself alone."""
+    for place in places:
+        path = Path(place, name).with_suffix(".yaml")
+        if path.is_file():
+            content = OmegaConf.load(path)
+            return isinstance(content, DictConfig) and "defaults" not in content
+    return False
 
 
 def _choices(overrides: Iterable[str]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
-from agcseg.cli import CONFIGS, fail, hydra_arguments, stopped, to_object
-from agcseg.cli.jobs import check_sweep, folder_of
+from agcseg.cli import CONFIGS, fail, hydra_arguments, program, sentence, to_object
+from agcseg.cli.jobs import check_sweep, folder_of, with_own_hydra
 from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.training import parallel
@@ -31,17 +31,21 @@ def _job(cfg) -> float | None:
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once() if ours else contextlib.nullcontext():
             return run(config, folder).get("pixel_error")
-    except UserError as user_error:
-        error = user_error
+    except (UserError, OSError) as mistake:
+        error = UserError(sentence(mistake))
     except (RuntimeError, MemoryError) as full:
-        if not out_of_memory(full):
+        first = str(full).strip().partition("\n")[0]
+        if out_of_memory(full):
+            error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
+        elif type(full).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            error = UserError(f"compile=true: torch.compile cannot work here ({first}); leave it out")
+        else:
             raise
-        first = str(full).partition("\n")[0]
-        error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
     if hydra_config.mode == RunMode.RUN:
         fail("agcseg-train", error)
     # In a sweep the other runs go on: the launcher gets the error, of a kind that is shown without a traceback.
-    print(f"agcseg-train: error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"agcseg-train: error: {error}", file=sys.stderr)
     raise CompactHydraException(str(error))
 
 
@@ -54,7 +58,7 @@ def _stopped_at_once():
     """
 
     def stop(number: int, frame) -> None:
-        os.write(2, b"\nagcseg-train: stopped; the same command goes on from the last epoch\n")
+        os.write(2, b"\nagcseg-train: stopped; the same command goes on from the last checkpoint\n")
         os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -66,19 +70,16 @@ def _stopped_at_once():
 
 
 def main() -> None:
-    sys.argv[1:] = hydra_arguments("agcseg-train", sys.argv[1:], Config)
-    sweep = {"-m", "--multirun"} & set(sys.argv[1:])
-    try:
+    with program("agcseg-train"):
+        arguments = hydra_arguments("agcseg-train", sys.argv[1:], Config)
+        sweep = {"-m", "--multirun"} & {*arguments}
         if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
+        sys.argv[1:] = with_own_hydra(arguments)
         if sweep:
             check_sweep(sys.argv[1:])
         _job()
         parallel.leave()
-    except UserError as error:
-        fail("agcseg-train", error)
-    except KeyboardInterrupt:
-        stopped("agcseg-train")
 
 
 if __name__ == "__main__":

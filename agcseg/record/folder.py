@@ -114,6 +114,8 @@ def lock(folder: Path) -> filelock.FileLock:
             held.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
             raise UserError(f"{folder}: another process is training this run") from None
+    except NotImplementedError:
+        raise UserError(f"{folder}: its disk has no file locks (flock); train on another one") from None
     remove_parts(folder)
     return held
 

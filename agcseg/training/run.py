@@ -339,7 +339,7 @@ def _at_work(folder: Path) -> Iterator[None]:
     """Alone in the folder of the run, with its run.log."""
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
-    log_file = logging.FileHandler(folder / "run.log")
+    log_file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(log_file)
     try:

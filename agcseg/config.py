@@ -233,7 +233,8 @@ def check(config: Config) -> None:
             Path(value or "").expanduser()
         except RuntimeError:
             problems.append(f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
-    expect(data.root is not None or data.name == "streets", f"data.root: give the folder of {data.name}")
+    needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
+    expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
     expect(bool(config.name), "name: must not be empty")
     for key in ("name", "run"):
         value = getattr(config, key) or ""

@@ -32,7 +32,7 @@ from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
-from agcseg.training.machine import out_of_memory, peak_memory, reset_peak_memory, settings
+from agcseg.training.machine import keeping, out_of_memory, peak_memory, reset_peak_memory, settings
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
@@ -121,24 +121,11 @@ class Step:
 
 
 def kept_for_backward(step: Step) -> int:
-    """Bytes that autograd keeps from forward to backward: unique storages, the parameters themselves excluded.
-
-    Copies of parameters, such as filters with a gain folded in, count.
-    """
-    storages: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in step.network.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes that autograd keeps from forward to backward, see `agcseg.training.machine.keeping`."""
+    with keeping(step.network) as kept:
         loss = step.loss()
-    kept = sum(storages.values())
     del loss
-    return kept
+    return sum(kept.values())
 
 
 def memory_and_work(step: Step, steps: int = 2) -> dict:

@@ -38,7 +38,7 @@ def rows(folder, name="metrics.csv"):
         return list(csv.DictReader(file))
 
 
-TIMED = ("images_per_second", "seconds", "peak_memory_mib")
+TIMED = ("images_per_second", "seconds", "peak_memory_mib", "training_memory_mib")
 
 
 def untimed(folder):
@@ -108,7 +108,7 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
 def points(folder):
     """Every point that TensorBoard shows, but for times."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    timed = ("run/images_per_second", "run/seconds", "run/peak_memory_mib")
+    timed = tuple(f"run/{key}" for key in TIMED)
     found = {
         tag: [(e.step, None if tag in timed else e.value) for e in events.Scalars(tag)] for tag in events.scalars.Keys()
     }

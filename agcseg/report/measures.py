@@ -148,7 +148,7 @@ def training_memory(run: Run) -> float:
 
 def kept_memory(run: Run) -> float:
     """What is kept for backward in a training step, MiB; nan for a run that is older than this figure."""
-    return run.kept_mib
+    return float(run.column("kept_for_backward_mib").max())
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -32,7 +32,7 @@ FREE = {
 }  # fmt: skip
 NEEDED = ("network.name", "norm.name", "data.name", "data.size", "minibatch", "epochs")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
-seconds peak_memory_mib training_memory_mib""".split()
+seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, YAMLError, OmegaConfBaseException)
@@ -72,7 +72,6 @@ class Run:
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
     processes: int = 1
-    kept_mib: float = math.nan  # kept for backward in a step; nan: not recorded
     environment: dict[str, Any] = field(default_factory=dict)  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
     layers: Layers | None = None  # None: not recorded, or no λ
@@ -245,7 +244,6 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
         reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, processes=processes,
         commonest_class_error=math.nan if commonest is None else float(commonest),
         words=describe(settings, processes), device=str(result.get("device") or ""),
-        kept_mib=float(result.get("kept_for_backward_mib") or "nan"),
     )  # fmt: skip
 
 

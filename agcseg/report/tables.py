@@ -59,7 +59,8 @@ def summarise(run: Run) -> dict:
         "error_all_pixels": run.at("pixel_error_all", run.last_epoch), "miou": run.at("miou", run.last_epoch),
         "val_loss": run.at("val_loss", run.last_epoch), "commonest_class_error": run.commonest_class_error,
         "peak_memory_mib": measures.process_memory(run), "training_memory_mib": measures.training_memory(run),
-        "kept_for_backward_mib": run.kept_mib, "images_per_second": run.column("images_per_second").median(),
+        "kept_for_backward_mib": measures.kept_memory(run),
+        "images_per_second": run.column("images_per_second").median(),
         "minutes": run.at("seconds", run.last_epoch) / 60,
     }  # fmt: skip
     return {key: None if value != value else value for key, value in row.items()}

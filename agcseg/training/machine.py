@@ -1,6 +1,7 @@
 """The device a run computes on, and the memory it took."""
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from agcseg.errors import UserError
 
@@ -113,8 +115,57 @@ def peak_memory(device: torch.device) -> float:
     """MiB: CUDA's counter, or the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    sizes = _process_sizes()
+    if "VmHWM" in sizes:
+        return sizes["VmHWM"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def idle_memory(device: torch.device) -> float:
+    """MiB in use now: by CUDA's counter, or by the process itself, the files that it maps left out."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, AttributeError):  # what an earlier run of this process has freed is not in use
+        ctypes.CDLL(None).malloc_trim(0)
+    return _process_sizes().get("RssAnon") or peak_memory(device)
+
+
+def added_memory(device: torch.device, idle: float) -> float:
+    """MiB: the peak since `reset_peak_memory` above `idle`, of `idle_memory`; of a process again without mapped files,
+    for how much of the data's cache lies in memory says nothing about the training."""
+    sizes = {} if device.type == "cuda" else _process_sizes()
+    return peak_memory(device) - sizes.get("RssFile", 0.0) - sizes.get("RssShmem", 0.0) - idle
+
+
+def _process_sizes() -> dict[str, float]:
+    """Of /proc/self/status, in MiB; empty elsewhere than on Linux."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0].rstrip(":"): int(line[1]) / 2**10 for line in lines if line[-1] == "kB"}
+
+
+@contextlib.contextmanager
+def keeping(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Counts the bytes that autograd keeps from forward to backward: of each storage once, the parameters left out.
+
+    Copies of parameters, such as filters with a gain folded in, count. The first backward ends the count.
+    """
+    storages: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    over = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if not over and storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal over
+        over = True
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield storages

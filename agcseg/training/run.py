@@ -32,7 +32,16 @@ from agcseg.record.tables import lambdas_of, layer_rows
 from agcseg.trained import start_from
 from agcseg.training import parallel
 from agcseg.training.lines import Bar, divergence, introduction, progress
-from agcseg.training.machine import device_name, find_device, peak_memory, reset_peak_memory, settings
+from agcseg.training.machine import (
+    added_memory,
+    device_name,
+    find_device,
+    idle_memory,
+    keeping,
+    peak_memory,
+    reset_peak_memory,
+    settings,
+)
 from agcseg.training.passes import backward, constant_error, loss_figures, shown_images, validate
 from agcseg.training.state import State, begin
 
@@ -130,7 +139,9 @@ def run(config: Config, folder: Path) -> dict:
 
 
 def _train(config: Config, folder: Path, device: torch.device, me: dict, data: Data) -> dict:
+    idle = idle_memory(device)
     state = begin(config, len(data.layout.classes), len(data.train) // config.minibatch, device)
+    state.idle_mib = idle_memory(device) if device.type == "cuda" else idle
     first = parallel.rank() == 0
     watched = next(iter(minibatches(data.val, SIGNAL_IMAGES, device)))[0] if first else None
     normalisation, classes = {"mean": list(MEAN), "std": list(STD)}, data.layout.classes.to_dict()
@@ -185,6 +196,8 @@ def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -
         "images_per_second": samples / (trained_at - start),
         "seconds": state.last("seconds") + time.perf_counter() - start,
         "peak_memory_mib": max(state.last("peak_memory_mib"), peak_memory(device)),
+        "training_memory_mib": max(state.last("training_memory_mib"), added_memory(device, state.idle_mib)),
+        "kept_for_backward_mib": state.kept_mib,
         **{f"iou/{name}": value for name, value in zip(data.layout.classes.names, iou, strict=True)},
     }
     state.lambdas |= {step: at.cpu() for step, at in lambdas.items()}
@@ -214,7 +227,9 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
     shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share)
     for step, (images, labels, *contours) in enumerate(shuffled, 1):
         state.optimizer.zero_grad()
-        losses[step - 1] = backward(trained, images, labels, data.weights, config, *contours)
+        with contextlib.nullcontext({}) if state.kept_mib else keeping(network) as kept:
+            losses[step - 1] = backward(trained, images, labels, data.weights, config, *contours)
+        state.kept_mib = state.kept_mib or sum(kept.values()) / 2**20
         if gems:
             for counts in (*gems.active.values(), *gems.points.values()):
                 parallel.add(counts)

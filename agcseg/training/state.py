@@ -19,6 +19,8 @@ class State:
     Attributes:
         losses: (epochs, steps, parts) float32, of every training step: of the classes and, where the network finds
             contours, of the contour.
+        idle_mib: memory in use before training, see `agcseg.training.machine.idle_memory`.
+        kept_mib: what autograd keeps from forward to backward, measured in the first step of this process.
         rows: of metrics.csv, one for each epoch that is done.
         layers: of layers.csv, see `agcseg.record.tables.layer_rows`.
         lambdas: number of steps trained -> `agcseg.record.tables.lambdas_of`, on the CPU.
@@ -32,6 +34,8 @@ class State:
     noise: torch.Generator | None
     gems: GEMS | None
     losses: Tensor
+    idle_mib: float = 0.0
+    kept_mib: float = 0.0
     rows: list[dict] = field(default_factory=list)
     layers: list[dict] = field(default_factory=list)
     lambdas: dict[int, Tensor] = field(default_factory=dict)
@@ -46,7 +50,7 @@ class State:
 
     def last(self, key: str, default: float = 0) -> float:
         """A figure of the last epoch."""
-        return self.rows[-1][key] if self.rows else default
+        return self.rows[-1].get(key, default) if self.rows else default  # a run may be older than a figure
 
     def saved(self) -> dict:
         """For a checkpoint: tensors and plain Python values."""

@@ -27,6 +27,7 @@ from agcseg.losses import segmentation_loss
 from agcseg.networks import build
 from agcseg.record.files import write
 from agcseg.record.folder import new_folder
+from agcseg.training.machine import added_memory, idle_memory, keeping, reset_peak_memory
 from agcseg.training.run import run
 from agcseg.training.state import begin, parameter_groups
 
@@ -64,7 +65,8 @@ def test_a_run_leaves_a_complete_record(tiny, tmp_path):
     assert [row["epoch"] for row in table] == ["1", "2", "3"] and table[-1]["samples"] == "24"
     assert float(table[-1]["rate"]) == pytest.approx(0.04)
     assert 0 < float(table[-1]["pixel_error"]) < 1 and 0 < result["commonest_class_error"] < 1
-    assert {"train_loss", "val_loss", "miou", "gradient_norm", "iou/road", "peak_memory_mib"} <= table[0].keys()
+    expected = {"train_loss", "val_loss", "miou", "gradient_norm", "iou/road", "kept_for_backward_mib", *TIMED}
+    assert expected <= table[0].keys()
     steps = np.load(folder / "steps.npy")
     assert steps.shape == (3, 4, 1) and steps.dtype == np.float32
     assert steps.mean((1, 2)) == pytest.approx([float(row["train_loss"]) for row in table])
@@ -533,3 +535,20 @@ def test_a_run_of_figure_1_is_in_its_panels_only(tiny, tmp_path):
     assert [value for _, value in scalars(tmp_path / "a", "figure1/a")] == [
         pytest.approx(float(row["pixel_error"])) for row in rows(tmp_path / "a")
     ]
+
+
+def test_memory_is_what_training_adds(tmp_path):
+    """On the CPU above the process before the network was built; bytes kept for backward by hand."""
+    held = [torch.ones(2**20) for _ in range(50)]  # 200 MiB that are not the training's
+    device = torch.device("cpu")
+    before = idle_memory(device)
+    reset_peak_memory(device)
+    more = torch.ones(25 * 2**20)  # 100 MiB
+    assert added_memory(device, before) == pytest.approx(100, abs=20) and len(held) == 50 and len(more)
+
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1, bias=False), torch.nn.Sigmoid())
+    with keeping(network) as kept:
+        loss = network(torch.ones(1, 1, 4, 4)).sum()
+        loss.backward()
+        network(torch.ones(1, 1, 4, 4))  # after the first backward nothing counts
+    assert sum(kept.values()) == 4 * (16 + 32)  # the convolution's input and the sigmoid's output

@@ -14,7 +14,7 @@ from agcseg.nn import NORMS
 # Where things lie and how fast they go: of no influence on what is computed, but for rounding.
 FREE = {
     "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images", "data.root",
-    "data.cache_dir", "network.implementation", "network.options.recompute",
+    "data.cache_dir", "data.folder.classes", "network.implementation", "network.options.recompute",
 }  # fmt: skip
 IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder
 LONGEST = 150  # bytes of a folder's name; file systems take 255
@@ -64,15 +64,19 @@ def differences(there: dict, here: dict) -> list[str]:
 
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
-            they are used; "histogram", labelled pixels of each class in training. What one of them lacks, being older,
-            is not compared.
+            they are used, and the names of the "classes"; "histogram", labelled pixels of each class in training. What
+            one of them lacks, being older, is not compared.
     """
     # Where it is not known how many processes there were, it is taken to be as many.
     old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
     keys = sorted((old.keys() | new.keys()) - {"epochs"})
     lines = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
-    for key in ("data", "histogram"):
-        if not lines and there.get(key) and here.get(key) and there[key] != here[key]:
+    old, new = (dict(run.get("data") or {}) for run in (there, here))
+    classes = [data.pop("classes", None) for data in (old, new)]
+    if not lines and all(classes) and classes[0] != classes[1]:
+        lines = [f"classes: {', '.join(classes[0])} there, {', '.join(classes[1])} here"]
+    for its, mine in ((old, new), (there.get("histogram"), here.get("histogram"))):
+        if not lines and its and mine and its != mine:
             lines = ["the images or their labels are others"]
     return lines
 

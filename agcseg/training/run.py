@@ -306,7 +306,7 @@ def _open(config: Config) -> Opened:
     """
     data, contours = config.data, kind(config.network.name).contour
     layout, cached = open_data(data, progress, log.info, contours)
-    chosen, digests = {}, {}
+    chosen, digests = {}, {"classes": list(layout.classes.names)}
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         available = len(cached[split].names)
         if wanted is not None and wanted > available:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import agcseg.nn.fast
 from agcseg import build
+from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.nn import NORMS, ConvUnit, agc, agc_relu, agc_unit, max_pool2d, max_unpool2d
 from agcseg.nn.fast import Geometry
@@ -428,3 +429,39 @@ def test_other_geometries_stand_alone():
     with pytest.raises(ValueError, match="takes one input, without pooling"):
         maps, filters = torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3)
         agc_unit(maps, filters, *torch.zeros(3, 2), pool=True, geometry=Geometry((2, 2)))
+
+
+# --- rebuilding ---
+
+
+@pytest.mark.parametrize("name, size", [("segnet", (64, 64)), ("classnet", (128, 128))])
+def test_rebuilt_outputs_are_the_same_bit_for_bit(name, size):
+    torch.manual_seed(0)
+    network, images = build(name, num_classes=3, width=0.1), torch.randn(2, 3, *size)
+
+    def step(budget):
+        network.recompute = budget
+        network.zero_grad()
+        kept = bytes_kept(network, lambda network: loss(network(images)))
+        outputs = loss(network(images))
+        outputs.backward(retain_graph=True)
+        outputs.backward()  # once more through the same graph
+        return kept, [outputs.detach(), *(p.grad.clone() for p in network.parameters())]
+
+    def loss(outputs):
+        return sum(logits.square().mean() for logits in ([outputs] if name == "segnet" else outputs[:2]))
+
+    kept, expected = step(0)
+    for budget in (0.001, 0.05, 1 / 3):
+        less, found = step(budget)
+        assert less <= kept
+        kept = less
+        assert all(map(torch.equal, found, expected))
+    assert kept < 0.7 * step(0)[0]
+
+
+def test_a_budget_is_a_share():
+    with pytest.raises(UserError, match="recompute='much' must be a share of a step's arithmetic"):
+        build("segnet", width=0.1, recompute="much")
+    with pytest.raises(UserError, match=r"recompute=0.5 must be a share"):
+        build("classnet", width=0.1, recompute=0.5)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from agcseg.errors import UserError
 from agcseg.nn import AGC2d, ConvUnit
+from agcseg.nn.rebuild import Cost, can_rebuild, choose, rebuilding
 
 # Widths of the encoder's blocks, at 1/1, 1/2, ... 1/128 of the image's size, with 7 poolings between them.
 WIDTHS = (32, 64, 128, 256, 256, 256, 256, 256)
@@ -33,6 +34,10 @@ class ClassNetOutput(NamedTuple):
     classes: Tensor
     contour: Tensor
     deep: tuple["ClassNetOutput", ...] = ()
+
+
+def _call(unit: nn.Module, maps: Tensor | list[Tensor]) -> Tensor:
+    return unit(maps)
 
 
 class ClassNet(nn.Module):
@@ -57,6 +62,8 @@ class ClassNet(nn.Module):
             path 63).
         deep_supervision: in training, also give logits from the coarser decoder stages, by heads of their own.
         implementation: of the units, "fast" or "literal" (see `agcseg.nn.ConvUnit`).
+        recompute: share of a step's arithmetic that may be spent again in backward, so that fewer maps are kept for it
+            (fast AGC only, and not under torch.compile; see `agcseg.nn.rebuild`).
 
     Raises:
         UserError (a ValueError): an option is not one of these.
@@ -77,6 +84,7 @@ class ClassNet(nn.Module):
         final_projection: str = "shared",
         deep_supervision: bool = False,
         implementation: str = "fast",
+        recompute: float = 0.01,
     ) -> None:
         super().__init__()
         if final_projection not in ENCODER:
@@ -96,20 +104,52 @@ class ClassNet(nn.Module):
         )
         self.head = _Head(maps, num_classes)
         self.deep_heads = nn.ModuleList(_Head(maps, num_classes) for _ in widths[1:] if deep_supervision)
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.recompute = recompute
+
+    @property
+    def recompute(self) -> float:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, budget: float) -> None:
+        self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
+
+    def _costs(self) -> list[Cost]:
+        costs = []
+        for modules in (self.encoder, self.lateral, self.decoder, [self.head, *self.deep_heads]):
+            for i, module in enumerate(modules):
+                for part in module.modules():
+                    if isinstance(part, ConvUnit):
+                        costs.append(Cost.of(part, 4.0**-i))
+                    elif isinstance(part, _Head):
+                        costs.append(
+                            Cost(None, 0, (part.classes.weight.numel() + part.contour.weight.numel()) * 4.0**-i)
+                        )
+        if self.lateral[0].is_fast:
+            maps = len(self.lateral[0].conv.weight)
+            costs.append(Cost(self.upsample, maps, maps))
+        return costs
 
     def forward(self, images: Tensor) -> ClassNetOutput:
         """Logits of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
             raise ValueError(f"ClassNet takes heights and widths in multiples of 128; got {tuple(images.shape[-2:])}")
+        if not can_rebuild(self._rebuilt):
+            return self._forward(images)
+        with rebuilding(self._rebuilt) as run:
+            return self._forward(images, run)
+
+    def _forward(self, images: Tensor, run: Callable = _call) -> ClassNetOutput:
         laterals, inputs = [], (images,)
         for i, (block, lateral) in enumerate(zip(self.encoder, self.lateral, strict=True)):
-            maps = block(*inputs)
-            laterals.append(lateral(maps))
+            maps = block(*inputs, run=run)
+            laterals.append(run(lateral, maps))
             if i + 1 < len(self.encoder):
                 inputs = F.max_pool2d(maps, 2), F.avg_pool2d(images, 2 ** (i + 1))
         stages = [laterals.pop()]
         for stage in reversed(self.decoder):
-            stages.append(stage(F.interpolate(stages[-1], scale_factor=2, mode="nearest"), laterals.pop()))
+            stages.append(stage(run(self.upsample, stages[-1]), laterals.pop(), run=run))
         finest = self.head(stages.pop())
         if not (self.training and self.deep_heads):
             return finest
@@ -134,12 +174,12 @@ class _Block(nn.Module):
         )
         self.final = unit(inputs_too * in_channels + len(kernels) * width, width, 1, identity="last")
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, run: Callable = _call) -> Tensor:
         gathered, maps = [*inputs] if self.inputs_too else [], inputs
         for unit in self.units:
-            maps = unit(maps)
+            maps = run(unit, maps)
             gathered.append(maps)
-        return self.final(gathered)
+        return run(self.final, gathered)
 
 
 class _Head(nn.Module):

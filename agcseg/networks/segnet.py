@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from agcseg.nn import AGC2d, ConvUnit
+from agcseg.nn.rebuild import Cost, can_rebuild, choose, rebuilding
 
 # VGG16's 13 convolutions. The paper lists 12 widths for 13 layers; exactly one 512 is missing there.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -25,10 +26,13 @@ class SegNet(nn.Module):
         norm: num_features -> module, or None for none.
         head_norm: put the norm behind the classifier too.
         implementation: of the units, "fast" or "literal" (see `agcseg.nn.ConvUnit`).
-        recompute: rebuild the first unit's output in backward instead of keeping it (fast form only): the largest map
-            of the encoder for the cheapest of its convolutions.
+        recompute: share of a step's arithmetic that may be spent again in backward, so that fewer of the units' outputs
+            are kept for it (fast AGC only; see `agcseg.nn.rebuild`). Whatever is more than 0 buys the first unit's, the
+            largest map of the encoder for the cheapest of its convolutions (0.001 at width 1). The others' are kept
+            under torch.compile.
 
     Raises:
+        UserError (a ValueError): `recompute` is not such a share.
         ValueError: in `forward`, when the image's height or width is not a multiple of 32.
     """
 
@@ -44,10 +48,9 @@ class SegNet(nn.Module):
         norm: Callable[[int], nn.Module] | None = AGC2d,
         head_norm: bool = False,
         implementation: str = "fast",
-        recompute: bool = True,
+        recompute: float = 0.001,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
         unit = partial(ConvUnit, norm=norm, implementation=implementation)
         stages = [[max(1, round(width * channels)) for channels in stage] for stage in STAGES]
         self.encoder = nn.ModuleList()
@@ -62,17 +65,42 @@ class SegNet(nn.Module):
             channels = mirrored[-1]
         self.head = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.head_norm = norm(num_classes) if head_norm and norm else nn.Identity()
+        self.recompute = recompute
+
+    @property
+    def recompute(self) -> float:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, budget: float) -> None:
+        self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
+        if budget and self.encoder[0][0].is_fast:  # of a narrow network it costs more, and is worth it still
+            self._rebuilt.add(self.encoder[0][0])
+
+    def _costs(self) -> list[Cost]:
+        costs = []
+        for i, stage in enumerate([*self.encoder, *reversed(self.decoder)]):
+            for unit in stage:
+                pooled = i < len(self.encoder) and unit is stage[-1]
+                costs.append(Cost.of(unit, 4.0 ** -(i % len(self.encoder)), pooled))
+        return [*costs, Cost(None, 0, self.head.weight.numel())]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits, (N, K, H, W), of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
             raise ValueError(f"SegNet takes heights and widths in multiples of 32; got {tuple(images.shape[-2:])}")
-        maps, pooled = images, []
-        for i, stage in enumerate(self.encoder):
-            maps, winners = stage(maps, pool=True, recompute=self.recompute and i == 0)
+        if not can_rebuild(self._rebuilt):
+            return self._forward(images)
+        with rebuilding(self._rebuilt) as run:
+            return self._forward(images, run)
+
+    def _forward(self, maps: Tensor, run: Callable | None = None) -> Tensor:
+        pooled = []
+        for stage in self.encoder:
+            maps, winners = stage(maps, pool=True, stem=stage is self.encoder[0] and stage[0] in self._rebuilt, run=run)
             pooled.append(winners)
         for stage in self.decoder:
-            maps = stage(maps, unpool=pooled.pop())
+            maps = stage(maps, unpool=pooled.pop(), run=run)
         return self.head_norm(self.head(maps))
 
 
@@ -80,12 +108,18 @@ class _Stage(nn.Sequential):
     """Units at one resolution, an unpooling in front of the first, a pooling behind the last."""
 
     def forward(
-        self, maps: Tensor, unpool: Tensor | None = None, pool: bool = False, recompute: bool = False
+        self,
+        maps: Tensor,
+        unpool: Tensor | None = None,
+        pool: bool = False,
+        stem: bool = False,
+        run: Callable | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        stem, *units = self if recompute else (None, *self)
+        first, *units = self if stem else (None, *self)
         for i, unit in enumerate(units):
-            first, last = i == 0, i == len(units) - 1
-            maps = unit(maps, unpool=unpool if first else None, pool=pool and last, stem=stem if first else None)
+            options = {"unpool": unpool, "stem": first} if i == 0 else {}
+            options["pool"] = pool and i == len(units) - 1
+            maps = run(unit, maps, **options) if run else unit(maps, **options)
         return maps
 
 

@@ -239,6 +239,8 @@ def check(config: Config) -> None:
     for key in ("name", "run"):
         value = getattr(config, key) or ""
         expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
+        shown = value.encode(errors="replace").decode()
+        expect(value == shown, f"{key}={shown}: not in UTF-8; set LC_ALL=C.UTF-8")
     multiple = kind(config.network.name).multiple
     expect(
         len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),

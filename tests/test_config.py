@@ -165,6 +165,7 @@ def test_small_sizes_that_work(overrides):
         (["class_weights=median"], "class_weights=median: choose from enet, enet_raw, none"),
         (["precision=fp8"], "precision=fp8: choose from fp32, tf32, bf16"),
         (["channels_last=maybe"], "channels_last=maybe: auto, true or false"),
+        (["name='a\udcc3'"], "name=a?: not in UTF-8"),
         (["name=../elsewhere"], "name=../elsewhere: must stay inside outputs/"),
         (["contour.loss=dice"], "contour.loss=dice: choose from iou, bce, class_iou"),
         (["contour.band=0"], "contour.band=0: must be at least 1"),

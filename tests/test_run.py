@@ -3,10 +3,13 @@
 import csv
 import dataclasses
 import errno
+import io
 import json
+import logging
 import math
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,6 +30,9 @@ from agcseg.losses import segmentation_loss
 from agcseg.networks import build
 from agcseg.record.files import write
 from agcseg.record.folder import new_folder
+from agcseg.record.identity import differences
+from agcseg.record.tensorboard import TensorBoard
+from agcseg.training.lines import Bar
 from agcseg.training.machine import added_memory, idle_memory, keeping, reset_peak_memory
 from agcseg.training.run import run
 from agcseg.training.state import begin, parameter_groups
@@ -295,6 +301,67 @@ def test_another_run_in_the_folder_is_refused_and_kept(tiny, tmp_path):
         assert "momentum: 0.9 there, 0.5 here" in str(error.value) and "name=" in str(error.value)
     log = tmp_path / "run/run.log"
     assert {path: path.read_bytes() for path in before if path != log} == {p: b for p, b in before.items() if p != log}
+
+
+def test_what_makes_two_runs_the_same(tiny, monkeypatch, tmp_path):
+    """Decided from what takes effect, wherever things lie and however a key is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def differ(one, other, processes=(1, 1)):
+        runs = [
+            {"config": dataclasses.asdict(config), "processes": n}
+            for config, n in zip((one, other), processes, strict=True)
+        ]
+        return differences(*runs)
+
+    plain, bn = tiny(), tiny("bn")
+    assert not differ(plain, tiny(epochs=9, device="cuda", images=0, compile=True, save_every=1, deterministic=True))
+    assert not differ(plain, tiny(lr=RateConfig(value=0.08))) and differ(plain, tiny(lr=RateConfig(value=0.081)))
+    assert not differ(tiny(minibatch=1, momentum_match=4), tiny(minibatch=1, momentum=0.975, lr=RateConfig(0.005)))
+    places = ("a/run", "./a/run/last.pt", f"../{tmp_path.name}/a/run", str(tmp_path / "a/run"))
+    for place in places:
+        assert not differ(tiny(init_from="a/run"), tiny(init_from=place))
+    assert differ(tiny(init_from="a/run"), tiny(init_from="b/run")) and differ(tiny(), tiny(init_from="b/run"))
+    assert differ(bn, bn, (2, 1)) == ["images per process: 2 there, 4 here"] and not differ(plain, plain, (2, 1))
+    assert not differ(*2 * [tiny("bn", sync_bn=True)], (2, 1)) and not differ(bn, bn, (None, 2))
+    assert differ(plain, bn)[-1] == "norm.name: agc there, bn here" or "norm.name: agc there, bn here" in differ(
+        plain, bn
+    )
+    for values in ({"seed": 2}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"accumulate": 2}):
+        assert len(differ(plain, tiny(**values))) == 1
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "level"), [(1, 1, logging.DEBUG), (0, 1, logging.INFO), (1, 0, logging.INFO)]
+)
+def test_a_line_for_each_epoch_where_no_bar_is_seen(tiny, monkeypatch, caplog, stdout, stderr, level):
+    """`agcseg-train > file` on a terminal has a bar on the terminal, and the lines in the file."""
+
+    class Stream(io.StringIO):
+        def isatty(self):
+            return self.terminal
+
+    for name, terminal in (("stdout", stdout), ("stderr", stderr)):
+        stream = Stream()
+        stream.terminal = bool(terminal)
+        monkeypatch.setattr(sys, name, stream)
+    figures = dict.fromkeys(("train_loss", "val_loss", "pixel_error", "miou", "images_per_second", "seconds"), 1.0)
+    state = begin(tiny(), 19, 4, torch.device("cpu"))
+    state.rows.append({"epoch": 1, **figures})
+    bar = Bar(tiny(), state)
+    bar.end_epoch(2)
+    bar.close()
+    assert [record.levelno for record in caplog.records if "epoch   1/2" in record.message] == [level]
+
+
+def test_a_full_disk_is_said_of_the_event_files(tmp_path, monkeypatch):
+    board = TensorBoard(tmp_path, 0, 0, [], {})
+    monkeypatch.setattr(SummaryWriter, "flush", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    row = dict.fromkeys(("epoch", "samples", "train_loss", "val_loss", "pixel_error", "pixel_error_all", "miou"), 1)
+    with pytest.raises(OSError) as error:
+        board.log(row, [], None)
+    assert error.value.filename.startswith(f"{tmp_path}/events.out.tfevents")
+    board.close()
 
 
 def test_a_run_older_than_a_key_goes_on(tiny, tmp_path):

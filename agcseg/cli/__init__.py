@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -202,6 +203,7 @@ def program(name: str) -> Iterator[None]:
     if not os.environ.get("XDG_CACHE_HOME", "unset"):
         del os.environ["XDG_CACHE_HOME"]  # empty is as good as unset, says the specification
     logging.raiseExceptions = False  # of handlers whose stream is gone
+    threading.excepthook = _in_thread
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))
@@ -219,6 +221,12 @@ def program(name: str) -> Iterator[None]:
                 stream.flush()
             except (OSError, ValueError):  # or Python would complain at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _in_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread passes its OSError on to whoever writes next, who says it."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def stopped(program: str) -> NoReturn:

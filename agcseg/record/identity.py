@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import re
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,9 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
         setattr(of_rate, key, found[key])
     del found["momentum_match"]
     found |= {"rate": float(f"{rate(of_rate):.12g}"), "momentum": float(f"{momentum(of_rate):.12g}")}
+    if found["init_from"]:  # a run or its checkpoint, however its place is written
+        place = Path(found["init_from"]).expanduser().resolve()
+        found["init_from"] = str(place.parent if place.name == "last.pt" else place)
     if found["norm.name"] in ("bn", "mean_only") and not found["sync_bn"]:
         found["images per process"] = found["minibatch"] // processes
     return {key: value for key, value in found.items() if key not in FREE}

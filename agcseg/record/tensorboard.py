@@ -1,6 +1,8 @@
 """The curves of a run in TensorBoard."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +53,16 @@ class TensorBoard:
         about = ("epoch", "layer", "role", "num_features", "kernel_size", "height", "width")
         for layer in layers:
             scalars |= {f"{key}/{layer['layer']}": layer[key] for key in layer.keys() - about if layer[key] is not None}
-        for tag, value in scalars.items():
-            self.epochs.add_scalar(tag, value, row["epoch"])
-            if tag.startswith("curves/"):
-                self.samples.add_scalar(f"curves_by_samples/{tag.removeprefix('curves/')}", value, row["samples"])
-        if picture is not None:
-            self.epochs.add_image("validation/image_prediction_truth_error", picture, row["epoch"], dataformats="HWC")
-        self.flush()
-
-    def flush(self) -> None:
-        self.epochs.flush()
-        self.samples.flush()
+        with self._named():
+            for tag, value in scalars.items():
+                self.epochs.add_scalar(tag, value, row["epoch"])
+                if tag.startswith("curves/"):
+                    self.samples.add_scalar(f"curves_by_samples/{tag.removeprefix('curves/')}", value, row["samples"])
+            if picture is not None:
+                tag = "validation/image_prediction_truth_error"
+                self.epochs.add_image(tag, picture, row["epoch"], dataformats="HWC")
+            self.epochs.flush()
+            self.samples.flush()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every event file, for a checkpoint."""
@@ -70,11 +71,22 @@ class TensorBoard:
     def end(self, epoch: int, settings: dict, figures: dict[str, float]) -> None:
         """The row of the HParams page. `run_name="."` keeps it from becoming a run of its own."""
         figures = {f"final/{key}": value for key, value in figures.items()}
-        self.epochs.add_hparams(settings, figures, run_name=".", global_step=epoch)
+        with self._named():
+            self.epochs.add_hparams(settings, figures, run_name=".", global_step=epoch)
 
     def close(self) -> None:
-        self.epochs.close()
-        self.samples.close()
+        with self._named():
+            self.epochs.close()
+            self.samples.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """The thread that writes passes its errors on, and names no file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.folder / EVENTS)
+            raise
 
     def _files(self) -> list[Path]:
         return [*self.folder.glob(EVENTS), *self.folder.glob(f"samples/{EVENTS}")]

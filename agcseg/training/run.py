@@ -200,7 +200,7 @@ def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -
         "kept_for_backward_mib": state.kept_mib,
         **{f"iou/{name}": value for name, value in zip(data.layout.classes.names, iou, strict=True)},
     }
-    state.lambdas |= {step: at.cpu() for step, at in lambdas.items()}
+    state.lambdas |= dict(zip(lambdas, torch.stack(list(lambdas.values())).cpu(), strict=True))
     state.losses = torch.cat([state.losses, losses.float().cpu().unsqueeze(0)])
     if state.noise:
         state.noises = parallel.gather([state.noise.get_state()])  # one per process

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             if not keys[key]:
                 raise UserError(f"{key}= is missing; for example: agcseg-predict RUN input=photo.jpg output=predicted")
         output = Path(keys["output"]).expanduser()
-        images = find_images(keys["input"], output)
+        images = find_images(keys["input"], output, show)
         device = find_device(keys["device"])
         trained = agcseg.load(run)
         if keys["submission"] and trained.classes.names != CITYSCAPES.names:

@@ -263,12 +263,11 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
 
 def _check_instances(sample: Sample, stored: np.ndarray, instances: np.ndarray, layout: Layout) -> None:
     """The label of each pixel follows from its instance's number."""
-    instances = instances.astype(np.int32)
     own = np.where(instances >= layout.instance_divisor, instances // layout.instance_divisor, instances)
     wrong = (own != stored) & (stored != IGNORE)  # numbers below 0 stand in no file of instances
-    share = wrong.mean()
-    if not share:
+    if not wrong.any():
         return
+    share = wrong.mean()
     if np.array_equal(layout.classes.translate(own), stored):
         cause = f"holds class numbers (training ids), expected the label ids of {layout.title}"
     elif share > 0.25:

@@ -114,7 +114,7 @@ def read_image(path: Path) -> Image.Image:
         raise FileError(path, f"mode {picture.mode}, expected 8 bits a channel", advice=advice)
     try:
         return picture.convert("RGB")
-    except ValueError as error:
+    except Exception as error:
         raise FileError(path, f"mode {picture.mode} cannot become RGB", str(error)) from None
 
 

@@ -1,0 +1,80 @@
+"""Training images drawn anew in every epoch: larger or smaller, cut out, mirrored, in other colours.
+
+What happens to an image hangs on the seed, the epoch and its place in the data set alone, so that a run that goes on,
+several processes and parts of a minibatch get the same pictures. It happens on the device, to pixels (uint8), by
+torchvision.transforms.v2.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from agcseg.data.labels import IGNORE
+
+PADDING = (124, 116, 104)  # about the mean colour, which becomes 0
+
+
+def transform(
+    size: tuple[int, int],
+    scale: Sequence[float] = (1.0, 1.0),
+    crop: Sequence[int] | None = None,
+    flip: float = 0.0,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> v2.Compose | None:
+    """What is done to every image, in this order.
+
+    Args:
+        size: (height, width) of the images.
+        scale: smallest and largest factor on it.
+        crop: (height, width) cut out at a random place; None for `size`. What lies beyond the image has the mean
+            colour, no label and no contour.
+        flip: probability of mirroring left and right.
+        brightness, contrast, saturation, hue: how far each may change, as `torchvision.transforms.v2.ColorJitter` says.
+
+    Returns:
+        None if that is nothing.
+    """
+    steps: list[v2.Transform] = []
+    if tuple(scale) != (1, 1):
+        steps.append(v2.ScaleJitter(size, tuple(scale), antialias=True))
+    if steps or crop:
+        fill = {tv_tensors.Image: PADDING, tv_tensors.Mask: IGNORE}
+        steps.append(v2.RandomCrop(tuple(crop or size), pad_if_needed=True, fill=fill))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip(flip))
+    if brightness or contrast or saturation or hue:
+        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+    return v2.Compose(steps) if steps else None
+
+
+def augmented(
+    how: v2.Compose, drawn: tuple[int, int], places: Iterable[int], images: Tensor, *truth: Tensor
+) -> list[Tensor]:
+    """A minibatch after `transform`.
+
+    Args:
+        how: of `transform`.
+        drawn: seed and epoch.
+        places: of the images in the data set.
+        images: (N, 3, H, W) uint8.
+        truth: labels, and where there are any contours, (N, H, W) uint8: resized to the nearest.
+
+    Returns:
+        images, and truth, of the size of the crop.
+    """
+    made = []
+    with torch.random.fork_rng(devices=[]):  # transforms draw from the CPU's generator
+        for place, image, *labels in zip(places, images, *truth, strict=True):
+            seed = np.random.SeedSequence([*drawn, int(place)]).generate_state(1, np.uint64).item()
+            torch.default_generator.manual_seed(seed)
+            made.append(how(tv_tensors.Image(image), *map(tv_tensors.Mask, labels)))
+    images, *truth = (torch.stack([part.as_subclass(Tensor) for part in parts]) for parts in zip(*made, strict=True))
+    contours = [part.where(part != IGNORE, 0) for part in truth[1:]]
+    return [images, *truth[:1], *contours]

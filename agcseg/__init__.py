@@ -7,14 +7,14 @@ from agcseg.networks import build
 from agcseg.nn import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu, agc_unit, convert_batchnorm
 
 
-def load(path):
+def load(path, checkpoint="last"):
     """A trained network from its run's folder or checkpoint: network in eval mode, classes, config, epoch, path.
 
     See `agcseg.trained.load`; only calling it loads what else is needed to read checkpoints.
     """
     from agcseg.trained import load
 
-    return load(path)
+    return load(path, checkpoint)
 
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """The configuration of a training run: typed, with the paper's values as defaults. Nothing here needs Hydra."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +16,9 @@ from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import build, kind
 from agcseg.networks.foreign import Foreign
 from agcseg.nn import GEMS, IMPLEMENTATIONS, INITS, NORMS
+
+SCHEDULES = ("constant", "poly", "cosine", "step")
+OPTIMIZERS = ("sgd", "adamw")
 
 # ruff: noqa: UP045 - OmegaConf wants Optional[...] on Python 3.10
 
@@ -104,6 +108,23 @@ class GemsConfig:
 class RateConfig:
     base: float = 0.02
     value: Optional[float] = None
+    power: float = 0.9
+    step_epochs: int = 30
+    step_factor: float = 0.1
+
+
+@dataclass
+class AugmentConfig:
+    """Training images drawn anew in every epoch (`agcseg.data.augment`); by default they are as they are."""
+
+    name: str = "none"
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    crop: Optional[list[int]] = None
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
 
 @dataclass
@@ -119,6 +140,13 @@ class Config:
     momentum: float = 0.9
     momentum_match: Optional[int] = None
     weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
+    optimizer: str = "sgd"
+    nesterov: bool = False
+    clip_norm: Optional[float] = None
+    ema: Optional[float] = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     class_weights: str = "enet"
     contour: ContourConfig = field(default_factory=ContourConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -226,6 +254,7 @@ def check(config: Config) -> None:
     expect(not (foreign and (noisy or config.gems.mode)), f"noise and gems: not in {config.network.name}")
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
+    _check_recipe(config, expect, one_of)
     expect(config.images >= 0, f"images={config.images}: must not be negative")
     for key in ("root", "cache_dir"):
         value = getattr(data, key)
@@ -290,6 +319,45 @@ def check(config: Config) -> None:
         expect(divisor is None or divisor > 1, f"data.folder.instance_divisor={divisor}: must be above 1, or null")
     if problems:
         raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
+
+
+def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:
+    one_of("schedule", config.schedule, SCHEDULES)
+    one_of("optimizer", config.optimizer, OPTIMIZERS)
+    warmup, lr = config.warmup, config.lr
+    expect(0 <= warmup < max(config.epochs, 1), f"warmup={warmup}: must be at least 0 and below epochs={config.epochs}")
+    expect(lr.power > 0, f"lr.power={lr.power}: must be positive")
+    expect(lr.step_epochs >= 1, f"lr.step_epochs={lr.step_epochs}: must be at least 1")
+    expect(0 < lr.step_factor <= 1, f"lr.step_factor={lr.step_factor}: must be above 0 and at most 1")
+    if config.optimizer == "adamw":
+        expect(lr.value is not None, "optimizer=adamw: its rate does not go with the minibatch; give lr.value=0.001")
+        expect(not config.nesterov, "nesterov=true: of optimizer=sgd only")
+    expect(not config.nesterov or config.momentum > 0, "nesterov=true: needs a momentum")
+    clip, ema = config.clip_norm, config.ema
+    expect(clip is None or 0 < clip < float("inf"), f"clip_norm={clip}: must be positive and finite, or null for none")
+    expect(ema is None or 0 < ema < 1, f"ema={ema}: must be above 0 and below 1, such as 0.999, or null for none")
+    augment, size = config.augment, config.data.size
+    scale, crop = augment.scale, augment.crop
+    expect(
+        len(scale) == 2 and 0 < scale[0] <= scale[1] < float("inf"),
+        f"augment.scale={scale}: must be [smallest,largest], both positive",
+    )
+    if crop is not None:
+        multiple = kind(config.network.name).multiple
+        expect(
+            len(crop) == 2 and all(side > 0 and side % multiple == 0 for side in crop),
+            f"augment.crop={crop}: {config.network.name} takes [height,width] in multiples of {multiple}",
+        )
+        expect(
+            len(crop) != 2 or len(size) != 2 or (crop[0] <= size[0] and crop[1] <= size[1]),
+            f"augment.crop={crop}: is larger than the images, data.size={size}",
+        )
+    expect(0 <= augment.flip <= 1, f"augment.flip={augment.flip}: a probability, from 0 to 1")
+    for key in ("brightness", "contrast", "saturation"):
+        value = getattr(augment, key)
+        expect(0 <= value < float("inf"), f"augment.{key}={value}: must be finite and not negative")
+    expect(0 <= augment.hue <= 0.5, f"augment.hue={augment.hue}: must be from 0 to 0.5")
+    expect(not (augment.flip and config.data.flip), "data.flip=true: augment.flip does it already")
 
 
 def _try_network(config: Config) -> nn.Module:

@@ -15,7 +15,7 @@ from agcseg.data import LAYOUTS
 from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError
-from agcseg.record.checkpoint import load_checkpoint
+from agcseg.record.checkpoint import load_checkpoint, weights_of
 
 
 class Trained(NamedTuple):
@@ -36,17 +36,19 @@ class Trained(NamedTuple):
     path: Path
 
 
-def load(path: str | Path) -> Trained:
+def load(path: str | Path, checkpoint: str = "last") -> Trained:
     """Read a trained network.
 
     Args:
-        path: the folder of a run, or a checkpoint (last.pt).
+        path: the folder of a run, or a checkpoint (last.pt, best.pt).
+        checkpoint: which one of a folder: "last", or "best", that of the lowest validation pixel error. Where weights
+            were averaged (`ema=`), it is the averaged ones.
 
     Raises:
         UserError: there is no checkpoint, it cannot be read, or this version of agcseg cannot do what it was trained
             for: another normalisation of images, another network.
     """
-    path = _checkpoint(Path(path).expanduser())
+    path = _checkpoint(Path(path).expanduser(), checkpoint)
     saved = load_checkpoint(path)
     missing = [key for key in ("config", "classes", "normalisation", "epoch") if saved.get(key) is None]
     if missing:
@@ -63,7 +65,7 @@ def load(path: str | Path) -> Trained:
         )
     try:
         network = build_network(config, len(classes), init=None, pretrained=False)
-        network.load_state_dict(saved["network"])
+        network.load_state_dict(weights_of(saved))
     except UserError as error:
         version = "" if config.network.factory else "was written by another version of agcseg: "
         raise UserError(f"{path}: {version}{error}") from None
@@ -109,7 +111,7 @@ def start_from(
     trained = ((checkpoint.get("config") or {}).get("norm") or {}).get("name")
     if norm and trained and norm != trained:
         raise UserError(f"init_from={path}: was trained with norm={trained}, not norm={norm}")
-    saved, own = checkpoint["network"], network.state_dict()
+    saved, own = weights_of(checkpoint), network.state_dict()
     other = sorted(saved.keys() ^ own.keys())
     other += [
         key for key in own if key.startswith("encoder") and key not in other and own[key].shape != saved[key].shape
@@ -129,17 +131,19 @@ def start_from(
     return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(path: Path, which: str = "last") -> Path:
+    if which not in ("last", "best"):
+        raise UserError(f"checkpoint={which}: choose from last, best")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give the folder of a run, such as outputs/demo/RUN")
     if not path.is_dir():
         return path
-    if (path / "last.pt").is_file():
-        return path / "last.pt"
+    if (path / f"{which}.pt").is_file():
+        return path / f"{which}.pt"
     runs = sorted(str(file.parent) for file in path.glob("*/last.pt"))
     if runs:
         raise UserError(f"{path}: holds {len(runs)} runs; give one of them, such as\n  " + "\n  ".join(runs[:5]))
-    raise UserError(f"{path}: holds no last.pt; give the folder of a run, or its checkpoint")
+    raise UserError(f"{path}: holds no {which}.pt; give the folder of a run, or its checkpoint")
 
 
 @torch.no_grad()

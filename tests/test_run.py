@@ -34,8 +34,9 @@ from agcseg.record.identity import differences
 from agcseg.record.tensorboard import TensorBoard
 from agcseg.training.lines import Bar
 from agcseg.training.machine import added_memory, idle_memory, keeping, reset_peak_memory
+from agcseg.training.recipe import parameter_groups
 from agcseg.training.run import run
-from agcseg.training.state import begin, parameter_groups
+from agcseg.training.state import begin
 
 replace = dataclasses.replace
 
@@ -136,6 +137,10 @@ def files(folder):
             left["last.pt"] = {key: repr(value) for key, value in saved.items() if key not in ("events", "network")}
             left["weights"] = [(key, value.numpy().tobytes()) for key, value in saved["network"].items()]
             left["momentum"] = [s["momentum_buffer"].numpy().tobytes() for s in saved["optimizer"]["state"].values()]
+        elif path.name == "best.pt":
+            best = torch.load(path, weights_only=True)
+            weights = [(key, value.numpy().tobytes()) for key, value in best["network"].items()]
+            left["best.pt"] = best["epoch"], weights
         elif path.name == "metrics.csv":
             left[path.name] = untimed(folder)
         elif path.name == "result.json":

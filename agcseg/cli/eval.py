@@ -24,6 +24,7 @@ from agcseg.training.machine import find_device, out_of_memory, settings
 
 FOLDER = ("images", "labels", "instances", "classes")  # of data=folder
 KEYS = {
+    "checkpoint": "last",
     "data": str,
     "data.root": str,
     **{f"data.folder.{key}": str for key in FOLDER},
@@ -50,6 +51,7 @@ keys:
   data.folder.labels=PATTERN
   data.folder.instances=PATTERN
   data.folder.classes=FILE        numbers or colours of the labels; those that the run knows, if not given
+  checkpoint=last      which of the run's weights: last, or best, those of the lowest validation pixel error
   split=val            or train, or whatever the data set has labels for (CamVid: test)
   images=N             a fixed, seeded choice of N images; if not given, those of the run on its own data, all of other
                        data
@@ -63,7 +65,7 @@ written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
 DATA is the data set's name; of another folder than the run's, with that folder's name. With images=N the names end in
--Nimages.
+-Nimages, with checkpoint=best in -best.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure hangs on the choice of images, not how it varies from
 one training to the next.
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if Path(keys["split"]).name != keys["split"] or keys["split"] == "..":
             raise UserError(f"split={keys['split']}: must be the name of a folder, such as train, val or test")
         device = find_device(keys["device"])
-        trained = agcseg.load(run)
+        trained = agcseg.load(run, keys["checkpoint"])
         trained.network.to(device)
         data, layout, root, known_as = _data(trained, keys)
         samples = _samples(trained, data, layout, root, keys)
@@ -99,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
         size = {"training_size": list(trained.config.data.size)}
         some = f"-{keys['images']}images" if keys["images"] else ""
-        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}{some}"
+        best = "-best" if trained.path.name == "best.pt" else ""
+        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}{some}{best}"
         picture = io.BytesIO()
         title = (
             f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "

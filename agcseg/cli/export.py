@@ -10,7 +10,7 @@ from agcseg.errors import UserError
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
 from agcseg.record.files import write
 
-KEYS = {"format": "onnx", "output": str}
+KEYS = {"checkpoint": "last", "format": "onnx", "output": str}
 
 EPILOG = """\
 examples:
@@ -21,6 +21,7 @@ examples:
 keys:
   format=onnx     for ONNX Runtime and others; needs the extra onnx: pip install '.[onnx]'. torch: a program for
                   torch.export.load, which needs torch alone
+  checkpoint=last which of the run's weights: last, or best, those of the lowest validation pixel error
   output=FILE     network.onnx or network.pt2 in the run's folder, if not given; an older file is replaced
 
 the exported network:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         run, keys = parse_run("agcseg-export", KEYS, "A trained network as a file for inference.", EPILOG, argv)
         format = keys["format"]
         check_format(format)
-        trained = agcseg.load(run)
+        trained = agcseg.load(run, keys["checkpoint"])
         output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
         if output.suffix != FORMATS[format]:
             raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")

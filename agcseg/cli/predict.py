@@ -13,6 +13,7 @@ from agcseg.predict import check_submission, find_images, predict, write_predict
 from agcseg.training.machine import find_device, out_of_memory, settings
 
 KEYS = {
+    "checkpoint": "last",
     "input": str,
     "output": str,
     "probabilities": False,
@@ -34,6 +35,7 @@ keys:
                         the network sees them at its training size, whatever their proportions, and its logits are
                         resized back
   output=FOLDER         where the files go; older ones of the same names are replaced
+  checkpoint=last       which of the run's weights: last, or best, those of the lowest validation pixel error
   probabilities=false   true: the classes' probabilities too
   submission=false      true: the files of the Cityscapes benchmark, and nothing else, then checked. The pictures must
                         be the benchmark's: CITY_000000_000019_leftImg8bit.png, 1024x2048
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(keys["output"]).expanduser()
         images = find_images(keys["input"], output, show)
         device = find_device(keys["device"])
-        trained = agcseg.load(run)
+        trained = agcseg.load(run, keys["checkpoint"])
         if keys["submission"] and trained.classes.names != CITYSCAPES.names:
             raise UserError(f"submission=true: {trained.path} was trained on {trained.config.data.name}'s classes")
         trained.network.to(device)

@@ -43,7 +43,8 @@ def transform(
     """
     steps: list[v2.Transform] = []
     if tuple(scale) != (1, 1):
-        steps.append(v2.ScaleJitter(size, tuple(scale), antialias=True))
+        side = max(size)  # a square: of another shape it depends on the version which number is the height
+        steps.append(v2.ScaleJitter((side, side), tuple(scale), antialias=True))
     if steps or crop:
         fill = {tv_tensors.Image: PADDING, tv_tensors.Mask: IGNORE}
         steps.append(v2.RandomCrop(tuple(crop or size), pad_if_needed=True, fill=fill))

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
+from agcseg.data.augment import augmented
 from agcseg.data.cache import Cached
 
 # Of ImageNet's images, in RGB; applied to values in [0, 1].
@@ -79,6 +81,7 @@ def minibatches(
     shuffle: tuple[int, int] | None = None,
     flip: bool = False,
     share: tuple[int, int] = (0, 1),
+    augment: v2.Compose | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield (images (N, 3, H, W) float32 normalised, labels (N, H, W) uint8) on the device.
 
@@ -92,11 +95,13 @@ def minibatches(
         flip: mirror each image with probability 1/2.
         share: (k, n): give the k-th, (k+n)-th, ... image of each minibatch only, for one of n processes. Without
             shuffling, of all images.
+        augment: what is done to each image of a shuffled minibatch, see `agcseg.data.augment`.
     """
-    order, flips = split.indices, None
+    order, places, flips = split.indices, np.arange(len(split)), None
     if shuffle is not None:
         generator = np.random.default_rng(shuffle)
-        order = generator.permutation(order)[: len(order) // minibatch * minibatch]
+        places = generator.permutation(places)[: len(order) // minibatch * minibatch]
+        order = order[places]
         flips = generator.random(len(order)) < 0.5 if flip else None
     first, processes = share
     if shuffle is None:
@@ -116,6 +121,8 @@ def minibatches(
             if mirrored is not None:
                 images = torch.where(mirrored[step].unsqueeze(1), images.flip(-1), images)
                 truth = [torch.where(mirrored[step], part.flip(-1), part) for part in truth]
+            if augment is not None:
+                images, *truth = augmented(augment, shuffle, places[step], images, *truth)
             yield normalise(images, constants), *truth
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint of a run, last.pt."""
+"""The checkpoints of a run: last.pt, and the best one's weights in best.pt."""
 
 import io
 from pathlib import Path
@@ -14,6 +14,13 @@ def save_checkpoint(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
+
+
+def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The weights that were validated: the averaged ones where there are any."""
+    average = checkpoint.get("average") or {}
+    averaged = {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
+    return averaged or checkpoint["network"]
 
 
 def load_checkpoint(path: Path) -> dict:

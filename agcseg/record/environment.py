@@ -34,7 +34,9 @@ def environment(device: torch.device) -> dict:
         "driver": _driver() if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "system": platform.platform(),
-        "packages": dict(sorted({d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}.items())),
+        "packages": dict(
+            sorted({d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}.items())
+        ),
     }
 
 

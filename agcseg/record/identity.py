@@ -17,6 +17,7 @@ FREE = {
     "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images", "data.root",
     "data.cache_dir", "data.folder.classes", "network.implementation", "network.options.recompute",
 }  # fmt: skip
+CHOSEN = {"augment.name", "schedule", "optimizer", "ema"}  # in the name though a file of the configuration says them
 IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder
 LONGEST = 150  # bytes of a folder's name; file systems take 255
 
@@ -64,7 +65,8 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
 
 
 def differences(there: dict, here: dict) -> list[str]:
-    """One line for each thing that makes two runs differ, but for their number of epochs, in which a run may grow.
+    """One line for each thing that makes two runs differ, but for their number of epochs, in which a run may grow unless
+    the rate follows it.
 
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
@@ -73,7 +75,8 @@ def differences(there: dict, here: dict) -> list[str]:
     """
     # Where it is not known how many processes there were, it is taken to be as many.
     old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
-    keys = sorted((old.keys() | new.keys()) - {"epochs"})
+    follows_epochs = new["schedule"] in ("poly", "cosine")
+    keys = sorted((old.keys() | new.keys()) - (set() if follows_epochs else {"epochs"}))
     lines = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     old, new = (dict(run.get("data") or {}) for run in (there, here))
     classes = [data.pop("classes", None) for data in (old, new)]
@@ -95,7 +98,7 @@ def folder_name(config: Config, usual: Config) -> str:
         at most `LONGEST` bytes; a longer name is cut, and ends in a hash of the whole.
     """
     name = f"{config.network.name}-{config.norm.name}-mb{config.minibatch}-lr{rate(config):g}-seed{config.seed}"
-    ordinary = complete(asdict(usual))
+    ordinary = complete(asdict(usual)) | {key: flat(asdict(Config()))[key] for key in CHOSEN}
     for key, value in sorted(complete(asdict(config)).items()):
         if key not in FREE | IN_NAME | {"epochs"} and value != ordinary.get(key):
             name += f"-{key}={_short(value)}"

@@ -24,7 +24,8 @@ class Record:
         state: `agcseg.training.state.State`, new or as loaded.
         about: what else a checkpoint holds: the configuration, the data's identity, the classes.
         panels: of Figure 1, that show the run.
-        save_every: seconds between two saves; the first epoch's and the last one's are always saved.
+        save_every: seconds between two saves, of last.pt and of best.pt where there is a better one; the first epoch's
+            and the last one's are always saved.
         sizes: of the event files, as the checkpoint tells; empty for a run from its beginning.
     """
 
@@ -37,13 +38,18 @@ class Record:
             self._write(state)
         self.board = TensorBoard(folder, state.epoch, state.last("samples"), panels, sizes)
         self.saved: float | None = None
+        self.best: dict | None = None  # for best.pt, until it is written
 
     def add(self, state, picture: np.ndarray | None, last: bool) -> None:
         """Take up the epoch that is just done."""
         if picture is not None:
             state.picture = png(picture)
         self.board.log(state.rows[-1], [row for row in state.layers if row["epoch"] == state.epoch], picture)
+        if state.is_best:
+            weights = {name: value.cpu().clone() for name, value in state.result.state_dict().items()}
+            self.best = {"epoch": state.epoch, "network": weights} | self.about
         if last or self.saved is None or time.monotonic() - self.saved >= self.save_every:
+            self._write_best()  # first: whatever comes behind last.pt is trained again
             save_checkpoint(self.folder / "last.pt", state.saved() | self.about | {"events": self.board.sizes()})
             self._write(state)
             self.saved = time.monotonic()
@@ -52,6 +58,7 @@ class Record:
         """The run is over. One that diverged has epochs behind its last checkpoint: they are told of."""
         if result["state"] == "diverged" and state.epoch:
             self._write(state)
+            self._write_best()
         figures = {key: result[key] for key in ("pixel_error", "miou", "val_loss") if key in result}
         self.board.end(state.epoch, hparams, figures)
         self.board.close()
@@ -59,6 +66,11 @@ class Record:
 
     def close(self) -> None:
         self.board.close()
+
+    def _write_best(self) -> None:
+        if self.best:
+            save_checkpoint(self.folder / "best.pt", self.best)
+            self.best = None
 
     def _write(self, state) -> None:
         write_tables(self.folder, state.rows, state.layers, state.losses, state.lambdas, state.images, state.network)

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
 from agcseg.data import open_data
+from agcseg.data.augment import transform
 from agcseg.data.cache import Cached
 from agcseg.data.layout import Layout
 from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
@@ -24,6 +26,7 @@ from agcseg.figure1 import panels_of
 from agcseg.networks import kind
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
+from agcseg.record.environment import environment
 from agcseg.record.files import tell, write, write_json
 from agcseg.record.folder import expect_checkpoint, expect_same_run, finished, lock, new_folder, result_line
 from agcseg.record.pictures import picture
@@ -89,8 +92,9 @@ def run(config: Config, folder: Path) -> dict:
 
     The folder gets config.yaml, class_weights.json, run.log, metrics.csv (one row per epoch), layers.csv (signals,
     γ and λ of every layer, epoch by epoch), lambdas.npz (every λ), steps.npy (the loss of every step), images.csv (the
-    last validation, image by image), TensorBoard events, predictions.png, last.pt (all that a continuation needs; after
-    the first and the last epoch, and after every one that ends `config.save_every` seconds or more after the last time)
+    last validation, image by image), TensorBoard events, predictions.png, environment.json, last.pt (all that a
+    continuation needs; after the first and the last epoch, and after every one that ends `config.save_every` seconds or
+    more after the last time), with it best.pt (the weights of the epoch with the lowest validation pixel error so far)
     and, at the end, result.json.
 
     Started by torchrun, the processes train one network together: `config.minibatch` images per step are shared out
@@ -151,7 +155,10 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     model, trained = _wrapped(state.network, config)
     reset_peak_memory(device)
     reason = ""
-    with contextlib.closing(Bar(config, state)) as bar, _recorded(config, folder, state, data, about, sizes) as record:
+    with (
+        contextlib.closing(Bar(config, state)) as bar,
+        _recorded(config, folder, state, data, device, about, sizes) as record,
+    ):
         try:
             while state.epoch < config.epochs:
                 shown = _epoch(config, state, data, model, trained, device, bar)
@@ -181,15 +188,16 @@ def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -
     start = time.perf_counter()
     losses, lambdas, gradient_norm = _steps(config, state, data, trained, device, bar)
     trained_at = time.perf_counter()
+    model = state.result.eval() if state.average else model
     state.network.eval()
-    parallel.share_buffers(state.network)
+    parallel.share_buffers(state.result)
     num_classes = len(data.layout.classes)
     figures, images, *shown = validate(model, data.val, data.weights, num_classes, config, device)
     iou, epoch, samples = figures.pop("iou"), state.epoch + 1, len(losses) * config.minibatch
     row = {
         "epoch": epoch,
         "samples": state.last("samples") + samples,
-        "rate": rate(config),
+        "rate": state.optimizer.param_groups[0]["lr"],
         **loss_figures("train", losses),
         **figures,
         "gradient_norm": gradient_norm.item() / len(losses),
@@ -206,6 +214,8 @@ def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -
         state.noises = parallel.gather([state.noise.get_state()])  # one per process
     state.images = images
     state.rows.append(row)
+    if state.schedule:
+        state.schedule.step()
     return tuple(shown)
 
 
@@ -224,7 +234,7 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
     losses = torch.empty(state.losses.shape[1:], device=device)
     lambdas, gradient_norm, looked = {}, torch.zeros((), device=device), 0
     order, share = (config.seed, epoch), (parallel.rank(), parallel.world())
-    shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share)
+    shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share, _augment(config))
     for step, (images, labels, *contours) in enumerate(shuffled, 1):
         state.optimizer.zero_grad()
         with contextlib.nullcontext({}) if state.kept_mib else keeping(network) as kept:
@@ -235,8 +245,13 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
                 parallel.add(counts)
             gems.scale_gradients()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        gradient_norm += torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        gradient_norm += norm
+        if config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
         state.optimizer.step()
+        if state.average:
+            state.average.update_parameters(network)
         if step == len(losses) or (epoch == 1 and step.bit_count() == 1):  # λ moves most at first
             lambdas[(epoch - 1) * len(losses) + step] = lambdas_of(network)
         if step == 1 < len(losses) and device.type == "cuda":
@@ -252,6 +267,11 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
             bar.tell(epoch, new[-1].sum().item())
         bar.update()
     return losses, lambdas, gradient_norm
+
+
+def _augment(config: Config) -> v2.Compose | None:
+    options = {key: value for key, value in asdict(config.augment).items() if key != "name"}
+    return transform(tuple(config.data.size), **options)
 
 
 def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, watched: Tensor | None) -> dict | None:
@@ -286,12 +306,13 @@ def _describe_layers(state: State, epoch: int, watched: Tensor) -> None:
     state.layers += layer_rows(state.network, epoch, signals, factors)
 
 
-def _recorded(config, folder: Path, state: State, data: Data, about: dict, sizes: dict | None):
+def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict | None):
     """The record, which process 0 keeps; None in the others."""
     if parallel.rank() > 0:
         return contextlib.nullcontext()
     write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(about["config"])))
     write_json(folder / "class_weights.json", data.weighting)
+    write_json(folder / "environment.json", environment(device))
     with contextlib.suppress(OSError):  # a copy for people, where they may write
         write_json(data.beside_cache, data.weighting)
     panels = panels_of(config.network.name, config.norm.name, config.minibatch, rate(config))

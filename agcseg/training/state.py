@@ -1,15 +1,19 @@
 """What a run remembers: made anew, saved, and loaded so that it goes on as if it had not stopped."""
 
+import math
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
-from agcseg.config import Config, build_network, momentum, rate
+from agcseg.config import Config, build_network
 from agcseg.errors import UserError
 from agcseg.nn import GEMS, add_noise
 from agcseg.training import parallel
 from agcseg.training.machine import channels_last
+from agcseg.training.recipe import make_average, make_optimizer, make_schedule
 
 
 @dataclass
@@ -17,6 +21,8 @@ class State:
     """A network in training, and all that was measured on the way.
 
     Attributes:
+        schedule: of the rate; None for a constant one.
+        average: of the weights over steps, or None.
         losses: (epochs, steps, parts) float32, of every training step: of the classes and, where the network finds
             contours, of the contour.
         idle_mib: memory in use before training, see `agcseg.training.machine.idle_memory`.
@@ -31,6 +37,8 @@ class State:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
+    schedule: LRScheduler | None
+    average: AveragedModel | None
     noise: torch.Generator | None
     gems: GEMS | None
     losses: Tensor
@@ -48,6 +56,17 @@ class State:
         """Epochs that are done."""
         return len(self.rows)
 
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated: the averaged one where there is one."""
+        return self.average.module if self.average else self.network
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no epoch before the last one had as low a validation pixel error."""
+        *before, last = [row["pixel_error"] for row in self.rows]
+        return last < min(before, default=math.inf)
+
     def last(self, key: str, default: float = 0) -> float:
         """A figure of the last epoch."""
         return self.rows[-1].get(key, default) if self.rows else default  # a run may be older than a figure
@@ -58,6 +77,8 @@ class State:
             "epoch": self.epoch,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule and self.schedule.state_dict(),
+            "average": self.average and self.average.state_dict(),
             "rng": torch.get_rng_state(),
             "noise": self.noises,
             "gems": self.gems and self.gems.averages,
@@ -73,6 +94,10 @@ class State:
         """Go back, or on, to a checkpoint. One that an older version wrote may lack what only describes the run."""
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.schedule:
+            self.schedule.load_state_dict(saved["schedule"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         _lay_out(self.optimizer)
         torch.set_rng_state(saved["rng"])
         if self.noise:
@@ -105,22 +130,15 @@ def begin(config: Config, num_classes: int, steps: int, device: torch.device) ->
         if device.type == "cpu":
             raise UserError("sync_bn=true: torch synchronises batch normalisation on GPUs only")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    noise = gems = None
+    average, noise, gems = make_average(network, config), None, None
     if config.noise.gain or config.noise.shift:
         own_seed = config.seed * parallel.world() + parallel.rank()
         noise = add_noise(network, config.noise.gain, config.noise.shift, own_seed)
     if config.gems.mode:
         gems = GEMS(network, **asdict(config.gems))
-    groups = parameter_groups(network, config.weight_decay)
-    optimizer = torch.optim.SGD(groups, rate(config), momentum(config), fused=True)
-    return State(network, optimizer, noise, gems, torch.empty(0, steps, 1 + network.contour))
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay acts on filters only: on λ, γ and β it would pull the very thing the paper observes to 0."""
-    filters = [p for p in network.parameters() if p.dim() > 1]
-    vectors = [p for p in network.parameters() if p.dim() <= 1]
-    return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = make_optimizer(network, config)
+    schedule = make_schedule(optimizer, config)
+    return State(network, optimizer, schedule, average, noise, gems, torch.empty(0, steps, 1 + network.contour))
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

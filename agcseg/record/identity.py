@@ -17,7 +17,7 @@ FREE = {
     "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images", "data.root",
     "data.cache_dir", "data.folder.classes", "network.implementation", "network.options.recompute",
 }  # fmt: skip
-CHOSEN = {"augment.name", "schedule", "optimizer", "ema"}  # in the name though a file of the configuration says them
+CHOSEN = {"augment.name", "schedule", "optimizer", "ema"}  # in the name, though a file says them
 IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder
 LONGEST = 150  # bytes of a folder's name; file systems take 255
 
@@ -65,8 +65,8 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
 
 
 def differences(there: dict, here: dict) -> list[str]:
-    """One line for each thing that makes two runs differ, but for their number of epochs, in which a run may grow unless
-    the rate follows it.
+    """One line for each thing that makes two runs differ, but for their number of epochs, in which a run may grow,
+    unless the rate follows it.
 
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as

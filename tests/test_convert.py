@@ -676,3 +676,19 @@ def test_feature_extractors_of_torchvision():
     features = extraction.create_feature_extractor(model, ["conv", "norm", "relu"])(x)
     torch.testing.assert_close(features["relu"], model(x))
     torch.testing.assert_close(features["conv"], F.conv2d(x, model.conv.weight, padding=1))
+
+
+def test_parts_of_torchvisions_networks_go_on_working():
+    """A block called by itself, a getter of intermediate layers, and a state_dict with a version of its own."""
+    models = pytest.importorskip("torchvision").models
+    x, resnet = torch.randn(2, 3, 32, 32), models.resnet18(weights=None)
+    convert_batchnorm(resnet, 0.8)
+    getter = models._utils.IntermediateLayerGetter(resnet, {"conv1": "maps", "layer1": "out"})
+    found = getter(x)
+    assert torch.equal(found["out"], resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))))
+    assert torch.equal(found["maps"], F.conv2d(x, resnet.conv1.weight, stride=2, padding=3))
+    mnasnet = models.mnasnet0_5(weights=None)
+    convert_batchnorm(mnasnet, 0.8)
+    other = convert_batchnorm(models.mnasnet0_5(weights=None)).model
+    other.load_state_dict(mnasnet.state_dict())
+    assert type(mnasnet) is models.MNASNet and torch.equal(other.eval()(x), mnasnet.eval()(x))

@@ -10,11 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
+from omegaconf import open_dict
 
+import agcseg.cli.train
 from hydra_plugins.hydra_gpus_launcher import _child, _devices, _launch, _slots
 from hydra_plugins.hydra_gpus_launcher._devices import CPU, Device, find_devices, job_environment, parse_list
 from hydra_plugins.hydra_gpus_launcher._queue import Job, _read_status
@@ -316,8 +319,6 @@ def test_batches_are_refused(size):
     ],
 )
 def test_files_with_sweeps_of_their_own_are_not_swept_over(jobs, message):
-    import agcseg.cli.train  # noqa: F401 - its schema
-
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         common = [override for override in jobs[0] if override in jobs[1]]
@@ -325,3 +326,45 @@ def test_files_with_sweeps_of_their_own_are_not_swept_over(jobs, message):
         launcher = SimpleNamespace(config=of_all, hydra_context=SimpleNamespace(config_loader=loader))
         with pytest.raises(CompactHydraException, match=message) if message else contextlib.nullcontext():
             _launch._refuse_lost_sweeps(launcher, jobs)
+
+
+# --- agcseg-train in a sweep
+
+
+@pytest.mark.parametrize(
+    "argument", ["hydra.sweep.dir=x", "hydra.run.dir=x", "++hydra.sweep.subdir=x", "hydra.job.chdir=true"]
+)
+def test_folders_of_hydra_are_refused(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", argument, "seed=1,2"])
+    with pytest.raises(SystemExit) as end:
+        agcseg.cli.train.main()
+    assert end.value.code == 2 and f"{argument}: runs go to outputs/NAME/RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choice", "what"),
+    [
+        ("hydra/launcher=slurm", "agcseg[slurm]"),
+        ("hydra/launcher=submitit_local", "agcseg[slurm]"),
+        ("hydra/launcher=ray_gpus", "agcseg[ray]"),
+        ("hydra/sweeper=optuna", "hydra-optuna-sweeper"),
+    ],
+)
+def test_a_plugin_that_is_missing_is_named(choice, what, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", choice, "seed=1,2"])
+    monkeypatch.setattr(agcseg.cli.train, "check_sweep", lambda arguments: None)
+    with pytest.raises(SystemExit) as end:
+        agcseg.cli.train.main()
+    assert end.value.code == 1 and capsys.readouterr().err.endswith(f"comes with a plugin: pip install '{what}'\n")
+
+
+@pytest.mark.parametrize(("state", "metric"), [("finished", 0.25), ("diverged", 1.0)])
+def test_a_late_divergence_is_worst_for_a_sweeper(state, metric, monkeypatch):
+    monkeypatch.setattr(agcseg.cli.train, "run", lambda config, folder: {"state": state, "pixel_error": 0.25})
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        assert agcseg.cli.train._job.__wrapped__(cfg) == metric

@@ -23,7 +23,7 @@ from agcseg.training.run import run
 
 RUNS = {
     "segnet": {"network": "segnet"},
-    "classnet": {"network": "classnet"},
+    "classnet": {"network": "classnet", "epochs": 1},
     "gems": {
         "network": "segnet",
         "gems": GemsConfig("minibatch", ema=0.9, gate="grad"),
@@ -141,20 +141,61 @@ def test_a_run_of_two_processes_goes_on_in_one(pair, streets, tmp_path):
     assert run(small(streets, tmp_path, "segnet", epochs=3), folder)["epochs"] == 3
 
 
-def test_torchrun_from_the_command_line_and_another_number_of_processes_for_bn(tmp_path, streets):
-    def start(launch, epochs):
-        command = [sys.executable, "-m", *launch, "agcseg.cli.train", "data=streets", f"data.root={streets}", "norm=bn"]
-        command += [f"data.cache_dir={tmp_path}/cache", "data.size=[32,64]", "network.width=0.05", "device=cpu"]
-        command += [f"epochs={epochs}", "run=run"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-
-    done = start(["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], 1)
+def test_torchrun_from_the_command_line_and_another_number_of_processes_for_bn(tmp_path, streets, monkeypatch, capsys):
+    arguments = ["data=streets", f"data.root={streets}", "norm=bn", f"data.cache_dir={tmp_path}/cache", "run=run"]
+    arguments += ["data.size=[32,64]", "network.width=0.05", "device=cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*launch, "agcseg.cli.train", *arguments, "epochs=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "batch statistics over the 2 of each process" in done.stdout
     assert done.stdout.count("finished after 1 epochs") == 1
+    monkeypatch.chdir(tmp_path)
     for epochs in (1, 2):  # done, and to go on
-        other = start([], epochs)
-        assert other.returncode == 2 and "images per process: 2 there, 4 here" in other.stderr
+        monkeypatch.setattr(sys, "argv", ["agcseg-train", *arguments, f"epochs={epochs}"])
+        with pytest.raises(SystemExit) as end:
+            agcseg.cli.train.main()
+        assert end.value.code == 2 and "images per process: 2 there, 4 here" in capsys.readouterr().err
+
+
+def test_an_error_that_every_process_finds_is_told_by_one(monkeypatch, capsys):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for key, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port))):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "minibtch=3"])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            agcseg.cli.train.main()
+        assert end.value.code == 2
+    assert capsys.readouterr().err.count("agcseg-train: error: minibtch") == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt
+    assert [parallel.first_to_tell(), parallel.first_to_tell()] == [True, False]
+    monkeypatch.setenv("MASTER_PORT", "nowhere")
+    assert parallel.first_to_tell() and parallel.first_to_tell()
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    said = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *names, **more: said.append((*names, more)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: said.append(local))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.join("auto") == "cuda:1" and parallel.join("cpu") == "cpu"
+    assert said == [1, ("nccl", {"device_id": torch.device("cuda:1")}), ("gloo", {})]
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_torchrun_ends_at_once(code, monkeypatch):
+    """Without the interpreter's end; after a mistake it does not wait for the others, which may never come."""
+    done = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(parallel.os, "_exit", done.append)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    parallel.leave(code)
+    assert done == ([code] if code else ["destroyed", 0])
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):

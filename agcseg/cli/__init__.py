@@ -236,7 +236,13 @@ def stopped(program: str) -> NoReturn:
 
 
 def fail(program: str, error: UserError | OSError) -> NoReturn:
-    """End the program as a user's mistake deserves: the message alone, exit code 2."""
+    """End the program as a user's mistake deserves: the message alone, exit code 2. Of the processes of a torchrun, which
+    all find the mistake, one says so."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from agcseg.training.parallel import first_to_tell
+
+        if not first_to_tell():
+            raise SystemExit(2)
     _complain(f"{program}: error: {sentence(error)}")
     raise SystemExit(2)
 

@@ -18,6 +18,11 @@ from agcseg.training import parallel
 from agcseg.training.machine import out_of_memory
 from agcseg.training.run import run
 
+PLUGINS = {  # by a part of their names in Hydra's groups: what brings them
+    "submitit": "agcseg[slurm]", "ray": "agcseg[ray]", "joblib": "hydra-joblib-launcher",
+    "optuna": "hydra-optuna-sweeper", "nevergrad": "hydra-nevergrad-sweeper", "ax": "hydra-ax-sweeper",
+}  # fmt: skip
+
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def _job(cfg) -> float | None:
@@ -30,7 +35,8 @@ def _job(cfg) -> float | None:
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once() if ours else contextlib.nullcontext():
-            return run(config, folder).get("pixel_error")
+            result = run(config, folder)
+        return 1.0 if result["state"] == "diverged" else result.get("pixel_error")  # nothing is worse, for a sweeper
     except (UserError, OSError) as mistake:
         error = UserError(sentence(mistake))
     except (RuntimeError, MemoryError) as full:
@@ -69,17 +75,48 @@ def _stopped_at_once():
             signal.signal(number, handler)
 
 
+def _refuse_folders(arguments: list[str]) -> None:
+    """Runs lie in outputs/NAME/RUN, whatever Hydra's folders are."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir") or (
+            key == "hydra.job.chdir" and value.lower() not in ("false", "null")
+        ):
+            raise UserError(
+                f"{argument}: runs go to outputs/NAME/RUN of the folder that agcseg-train is started in; say name= and "
+                "run=, or start it in another folder"
+            )
+
+
+def _end(end: SystemExit) -> None:
+    """Add what to install where Hydra did not find a plugin; end a process of torchrun's."""
+    missing = str(getattr(end.__context__, "missing_cfg_file", ""))
+    for name, extra in PLUGINS.items():
+        if missing.startswith("hydra/") and name in missing:
+            print(f"agcseg-train: {missing} comes with a plugin: pip install '{extra}'", file=sys.stderr)
+    parallel.leave(end.code if isinstance(end.code, int) else 1)
+
+
 def main() -> None:
     with program("agcseg-train"):
-        arguments = hydra_arguments("agcseg-train", sys.argv[1:], Config)
-        sweep = {"-m", "--multirun"} & {*arguments}
-        if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
-        sys.argv[1:] = with_own_hydra(arguments)
-        if sweep:
-            check_sweep(sys.argv[1:])
-        _job()
-        parallel.leave()
+        try:
+            _main()
+        except SystemExit as end:
+            _end(end)
+            raise
+
+
+def _main() -> None:
+    arguments = hydra_arguments("agcseg-train", sys.argv[1:], Config)
+    sweep = {"-m", "--multirun"} & {*arguments}
+    if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
+    _refuse_folders(arguments)
+    sys.argv[1:] = with_own_hydra(arguments)
+    if sweep:
+        check_sweep(sys.argv[1:])
+    _job()
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """One run over several devices: what the processes that torchrun starts must agree on. With one process, nothing."""
 
+import contextlib
 import logging
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -46,19 +48,36 @@ def join(name: str) -> str:
         name = f"cuda:{local}"
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+        if name == "cpu":
+            dist.init_process_group("gloo")
+        else:  # NCCL connects at once, and does not guess which GPU is whose
+            dist.init_process_group("nccl", device_id=torch.device(name))
     return name
 
 
-def leave() -> None:
-    """End a process of torchrun's, all being well: at the interpreter's own end a thread of gloo's, once in many times,
-    is destroyed while it runs, and that aborts the process."""
+def leave(code: int = 0) -> None:
+    """End a process of torchrun's: at the interpreter's own end a thread of gloo's, once in many times, is destroyed
+    while it runs, and that aborts the process."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if not code:  # else the others may never come
+            dist.destroy_process_group()
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def first_to_tell() -> bool:
+    """Whether no other process of this run has told of an error before. A mistake of the user's is found by each."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        meeting = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*meeting, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"agcseg told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:  # nobody to ask
+        return True
 
 
 def wait() -> None:

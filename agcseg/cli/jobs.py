@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -39,10 +38,6 @@ OWN_HYDRA = {
     "hydra.run.dir": ".", "hydra.sweep.dir": "outputs/${name}", "hydra.sweep.subdir": ".",
     "hydra.output_subdir": "null", "hydra/job_logging": "plain", "hydra/launcher": "gpus",
 }  # fmt: skip
-PLUGINS = {
-    "hydra/launcher=slurm": ("hydra_submitit_launcher", "slurm"),
-    "hydra/launcher=ray_gpus": ("hydra_ray_launcher", "ray"),
-}
 GROUPS = ("network", "norm", "data", "experiment", "figure1")
 
 
@@ -66,16 +61,8 @@ def folder_of(
 
 def with_own_hydra(arguments: list[str]) -> list[str]:
     """The command line, and where its primary configuration says nothing of Hydra, as a run's config.yaml does, what
-    train.yaml says of it.
-
-    Raises:
-        UserError: a launcher's packages are not installed.
-    """
+    train.yaml says of it."""
     flags, places = _flags(arguments)
-    for override in flags.overrides:
-        plugin = PLUGINS.get(override)
-        if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin[0]}") is None:
-            raise UserError(f"{override}: needs more packages: pip install 'agcseg[{plugin[1]}]'")
     if not flags.config_name or not _is_plain(flags.config_name, places) or flags.shell_completion:
         return arguments
     given = {override.partition("=")[0].lstrip("+") for override in flags.overrides}

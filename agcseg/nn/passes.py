@@ -6,6 +6,7 @@ gather, which take number by number; nor do they need positions, which a GPU wou
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -13,17 +14,12 @@ from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CACHED = 2**18  # numbers that stay in a processor's cache
-
-
-try:
-    import triton
-except ImportError:  # comes with torch for CUDA on Linux
-    triton = None
+TRITON = find_spec("triton") is not None  # comes with torch for CUDA on Linux; imported where it is used only
 
 
 def kernels(maps: Tensor) -> ModuleType | None:
     """`agcseg.nn.kernels` where its kernels can work on these maps, the same functions as here."""
-    if not maps.is_cuda or triton is None or maps.dtype == torch.float64 or not len(maps):
+    if not maps.is_cuda or not TRITON or maps.dtype == torch.float64 or not len(maps):
         return None
     from agcseg.nn import kernels
 

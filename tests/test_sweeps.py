@@ -313,7 +313,6 @@ def rows(folder):
         ]
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_same_command(streets, tmp_path):
     """One run is killed, then the launcher; the same command ends all six runs, as if nothing had happened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

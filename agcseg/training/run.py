@@ -260,11 +260,12 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
         if device.type == "cpu" or step % 50 == 0 or step == len(losses):
             new = parallel.add(losses[looked:step]).div_(parallel.world())
             finite = new.isfinite().all(1)
-            if not finite.all():
+            failed, last = torch.stack([(~finite).sum(), new[-1].sum()]).tolist()  # one wait for both
+            if failed:
                 bad = looked + int((~finite).nonzero()[0])
                 raise Diverged(divergence(epoch, bad, losses.sum(1), state.rows))
             looked = step
-            bar.tell(epoch, new[-1].sum().item())
+            bar.tell(epoch, last)
         bar.update()
     return losses, lambdas, gradient_norm
 

@@ -71,12 +71,11 @@ def install() -> None:
     """Replace cuDNN, which asks the hardware, and the count of values, whose result has the size that a kernel says.
 
     A convolution gives an empty output of the right layout, after the copies that torch makes to have its inputs in
-    that layout. Batch normalisation takes torch's own kernels.
+    that layout. Batch normalisation, in float32 cuDNN's too, is a kernel either way.
     """
     import torch
     from torch._prims_common import suggest_memory_format
 
-    torch.backends.cudnn.enabled = False
     library = ctypes.CDLL(None)
 
     def layout(*tensors):
@@ -114,10 +113,19 @@ def install() -> None:
             library.fake_gpu_kernel(b"convolution_backward_of_filters")
         return d_x, d_w, grad.sum((0, 2, 3)) if wanted[2] else None
 
+    def cudnn_batch_norm(x, weight, *arguments):
+        library.fake_gpu_kernel(b"batch_norm")
+        reserve = torch.empty(0, dtype=torch.uint8, device=x.device)
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), reserve
+
+    def cudnn_batch_norm_backward(x, grad, weight, *arguments):
+        library.fake_gpu_kernel(b"batch_norm_backward")
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
     def bincount(values, weights=None, minlength=0):
         values.cpu()  # it waits
         return torch.ones(max(minlength, 1), dtype=torch.int64).to(values.device)
 
     install.library = torch.library.Library("aten", "IMPL")  # as long as it lives
-    for replaced in (convolution, convolution_backward, bincount):
+    for replaced in (convolution, convolution_backward, cudnn_batch_norm, cudnn_batch_norm_backward, bincount):
         install.library.impl(replaced.__name__, replaced, "CUDA")

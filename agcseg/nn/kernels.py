@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agcseg.nn.passes import empty, layout
 
-TILE = 8192  # numbers
+TILE = 4096  # numbers
 SHARES = 128  # at most, of a map's positions
 PROGRAMS = 1024  # about as many fill a large GPU several times over
 

@@ -1,0 +1,61 @@
+"""The Triton kernels compile for GPUs that are not here, without spilling registers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from agcseg.nn import kernels  # noqa: E402
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+INTEGERS = ("P", "w", "K", "sp", "sk", "zsp", "zsk", "share", "shares", "N", "L")
+FLOATS = ("partial", "mean", "bias", "scale", "d_bias", "d_scale", "filters", "gain", "d_filters", "d_gain")
+POOLS = [{"POOL": pool, "SHARES": kernels.SHARES} for pool in (False, True)]
+CASES = {
+    "_sums": [{}],
+    "_activate": [{"KNOWN": known, **pool} for known in (False, True) for pool in POOLS],
+    "_gate": [{}],
+    "_spread": POOLS,
+    "_window": [{"GATHER": gather} for gather in (False, True)],
+    "_filters": [{"BLOCK": 1024}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TOOL.exists(), reason="this Triton comes without cuobjdump")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_registers_suffice(name, channels_last, architecture, tmp_path):
+    kernel, bk = getattr(kernels, name), 64 if channels_last else 4
+    for case in CASES[name]:
+        constants = case if "BLOCK" in case else {**case, "BP": kernels.TILE // bk, "BK": bk}
+        constants |= {unit: 1 for unit in (("sk", "zsk") if channels_last else ("sp", "zsp"))}  # a stride of 1
+        places = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
+        constants = {argument: value for argument, value in constants.items() if argument in places}
+        types = {argument: _type(argument, constants) for argument in places}
+        source = ASTSource(
+            fn=kernel,
+            signature=types,
+            constexprs={places[argument]: value for argument, value in constants.items()},
+            attrs={places[a]: [["tt.divisibility", 16]] for a in places if types[a] != "constexpr" and a != "shares"},
+        )
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": 4 if "BLOCK" in case else 8})
+        (tmp_path / "kernel").write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([TOOL, "-res-usage", tmp_path / "kernel"], capture_output=True, text=True).stdout
+        assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], (case, usage)
+
+
+def _type(argument, constants):
+    if argument in constants:
+        return "constexpr"
+    if argument in INTEGERS:
+        return "i32"
+    return "*u8" if argument == "winners" else "*fp32" if argument in FLOATS else "*bf16"

@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
 
 
 PLAIN = Geometry()
-PARTS = 2  # of a minibatch, in which a GPU rebuilds maps
+PARTS = 4  # of a minibatch, at most, in which a GPU rebuilds maps; of a small one 2
 
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -82,7 +82,7 @@ def _backward(
     # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
     parts = 1
     if (unpool is not None or stem) and output.shape[2:].numel() * (1 if winners is None else 4) >= 2**16:
-        parts = len(grad) if grad.device.type == "cpu" else min(len(grad), PARTS)
+        parts = len(grad) if grad.device.type == "cpu" else min(len(grad), max(2, min(PARTS, len(grad) // 4)))
     if parts <= 1:
         grads = _backward_part(*by_sample[:6], inputs, parameters, stem, shapes, geometry, needs)
     else:

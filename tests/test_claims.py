@@ -167,29 +167,18 @@ def test_runs_of_other_settings_are_not_compared(tmp_path):
     kept, notes = cells(read_runs(tmp_path / "a"))
     assert BN not in kept and AGC in kept
     names = ", ".join(f"segnet-bn-mb4-lr0.08-seed{seed}" for seed in (1, 2, 3))
-    assert notes == [f"not compared with the others, since network.width is 0.5, not 0.25: {names}"]
+    assert notes == [f"not compared with the others, for width 0.5, not width 0.25: {names}"]
     assert verdicts(kept)[0].verdict == OPEN
     runs = read_runs(tmp_path / "a")
     for run in runs:
-        run.settings["network.width"] = 1.0
-    for key, value in {
-        "data.size": [64, 128],
-        "epochs": 30,
-        "data.choice_seed": 1,
-        "norm.options.mean_scale": 0.5,
-    }.items():
-        run = next(run for run in runs if run.norm == "agc")
-        before, run.settings[key] = run.settings.get(key), value
-        left = [note for note in cells(runs)[1] if key in note]
-        assert len(left) == 1 and left[0].endswith(f": {run.name}")
-        run.settings[key] = before
-        if before is None:
-            del run.settings[key]
-    for key in ("data.root", "device", "seed", "name"):  # change nothing that is computed
-        runs[0].settings[key] = "other"
+        run.words["width"] = "width 1"
+    one = next(run for run in runs if run.norm == "agc")
+    for key in ("size", "epochs", "data.choice_seed", "agc:λ", "processes"):
+        before, one.words[key] = one.words[key], "other"
+        (note,) = cells(runs)[1]
+        assert note.startswith("not compared with the others, for other, not ") and note.endswith(f": {one.name}")
+        one.words[key] = before
     assert not cells(runs)[1]
-    runs[0].processes = 2  # batch normalisation's statistics are of each process
-    assert "processes is 2, not 1" in cells(runs)[1][0]
 
 
 def test_runs_are_matched_by_settings_with_a_tolerance_on_the_rate(tmp_path):

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from agcseg.report import (
 )
 from agcseg.report.tables import environment_table, reached_table
 
+ROOT = Path(__file__).parents[1]
 HEADER = (
     "epoch,samples,rate,train_loss,val_loss,pixel_error,pixel_error_all,miou,gradient_norm,images_per_second,seconds,"
     "peak_memory_mib,iou/road,remark"
@@ -250,7 +252,7 @@ def test_program_prints_the_table(folder, capsys):
         "4 runs with one seed: SegNet, width 0.25, streets, 64x128, 10 epochs. 4 settings, which"
     )
     assert "Not all finished: 1 diverged, 1 unfinished." in lines[1] and "One seed does not say" in lines[1]
-    assert "Pixel error of SegNet at epoch 3: BN 50.0 %; AGC 20.0 %." in lines[1]
+    assert "Pixel error of SegNet at epoch 3: AGC 20.0 %, BN 50.0 %." in lines[1]
     assert lines[-1] == f"tensorboard --logdir {folder}"
     assert f"wrote {folder / 'figure.png'}" in lines and "note: bn_1 diverged: the loss is nan" in lines
     (row,) = [line.split() for line in lines if line.split()[:2] == ["AGC", "4"]]
@@ -455,3 +457,14 @@ def test_what_runs_were_made_with(tmp_path):
     assert table.values.tolist() == [["commit", "abc (2 runs); def (1 runs)"]]
     (path / "environment.json").write_text("[")
     assert "environment.json: " in read_folders(tmp_path)[1][0]
+
+
+def test_a_record_makes_the_same_report_again(tmp_path):
+    folder = make_figure1(tmp_path / "a" / "runs", seeds=(1, 2), runs=RUNS[1:2] + RUNS[5:6], epochs=12)
+    for arguments in ([folder, tmp_path / "record"], ["--unpack", tmp_path / "record", tmp_path / "b" / "runs"]):
+        subprocess.run([sys.executable, ROOT / "scripts/record", *arguments], check=True)
+    write_report(folder)
+    write_report(tmp_path / "b" / "runs")
+    for name in ("report.md", "report.csv"):
+        assert (folder / name).read_text() == (tmp_path / "b" / "runs" / name).read_text()
+    assert not [*(tmp_path / "record").glob("**/*.png")]

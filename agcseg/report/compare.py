@@ -9,19 +9,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
 from agcseg.report.measures import bootstrap, final_error, t_interval
-from agcseg.report.read import FREE, NAMES, NORMS, Run, describe, flat
+from agcseg.report.read import NAMES, NORMS, Run, describe
 
-VARIED = {"norm.name", "minibatch", "lr.base", "lr.value", "seed"}
+PAIRED = {"norm", "minibatch", "rate"}  # what may differ between the two sides of a comparison
 # What the claims of the paper are about; where runs differ in more, they are judged on those like the reference.
 PAPER_VARIES = {"norm", "network", "width", "data", "size", "epochs", "minibatch", "rate"}
 UNSAID = ("no noise", "no GEMS", "background map")  # said only where there is nothing else to say
@@ -56,11 +54,10 @@ def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
     """
 
     def settings(run: Run) -> dict[str, str]:
-        keys = [key for key in sorted(run.settings) if key not in VARIED | FREE and not key.startswith("norm.")]
-        return {key: str(run.settings[key]) for key in keys} | {"processes": str(run.processes)}
+        return {key: text for key, text in run.words.items() if key not in PAIRED and key not in options(run)}
 
     def options(run: Run) -> dict[str, str]:
-        return {key: str(run.settings[key]) for key in sorted(run.settings) if key.startswith("norm.options.")}
+        return {key: text for key, text in run.words.items() if key.startswith(f"{run.norm}:")}
 
     kept: Cells = {}
     notes: list[str] = []
@@ -91,11 +88,11 @@ def _alike(runs: list[Run], settings: Callable[[Run], dict], notes: list[str]) -
         here = settings(run)
         keys = [key for key in sorted(here.keys() | usual.keys()) if here.get(key) != usual.get(key)]
         if keys:
-            what = ", ".join(f"{key} is {here.get(key)}, not {usual.get(key)}" for key in keys)
+            what = ", ".join(f"{here.get(key, key)}, not {usual.get(key)}" for key in keys)
             apart.setdefault(what, []).append(run.name)
         else:
             alike.append(run)
-    notes += [f"not compared with the others, since {what}: {', '.join(apart[what])}" for what in apart]
+    notes += [f"not compared with the others, for {what}: {', '.join(apart[what])}" for what in apart]
     return alike
 
 
@@ -162,8 +159,8 @@ def reference_of(groups: Settings, name: str | None = None) -> str:
                 return known
         raise UserError(f"no setting is named {name!r}; choose from: {'; '.join(groups)}")
     runs = [run for seeds in groups.values() for run in seeds.values()]
-    keys, default = varying(runs), flat(asdict(Config())) | {"norm.options.mean_scale": 1.0}
-    default = describe(default | {"norm.options.background": "map"}) | usual(runs)
+    keys = varying(runs)
+    default = describe({"norm": {"name": "agc"}, "network": {"name": "segnet"}}) | usual(runs)
 
     def rank(known: str) -> tuple[int, int]:
         words = next(iter(groups[known].values())).words
@@ -179,7 +176,7 @@ def of_settings(runs: list[Run]) -> bool:
 
 def like(runs: list[Run], reference: Run) -> list[Run]:
     """Those set up as the reference but for norm, minibatch and rate: what the paper's claims are about."""
-    return [run for run in runs if {*varying([reference, run])} <= {"norm", "minibatch", "rate"}]
+    return [run for run in runs if {*varying([reference, run])} <= PAIRED]
 
 
 def shared(runs: list[Run]) -> str:

@@ -4,9 +4,8 @@ import csv
 import json
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from agcseg.config import Config, momentum, rate
 from agcseg.errors import UserError
+from agcseg.record.identity import complete, deciding, flat
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
          "layer": "Layer normalisation", "instance": "Instance normalisation",
@@ -25,11 +24,6 @@ NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", 
          "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC", "none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}  # fmt: skip
-# Settings that change nothing that is computed: where things lie, and how fast they go.
-FREE = {
-    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images",
-    "data.root", "data.cache_dir", "network.implementation", "network.options.recompute",
-}  # fmt: skip
 NEEDED = ("network.name", "norm.name", "data.name", "data.size", "minibatch", "epochs")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
@@ -68,10 +62,9 @@ class Run:
     reason: str
     commonest_class_error: float
     metrics: pd.DataFrame  # the numbers of metrics.csv by epoch, from 1 on; nan where nothing was measured
-    settings: dict[str, Any] = field(default_factory=dict)  # the whole configuration, its keys with dots
+    settings: dict[str, Any] = field(default_factory=dict)  # of `agcseg.record.identity.complete`
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
-    processes: int = 1
     environment: dict[str, Any] = field(default_factory=dict)  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
     layers: Layers | None = None  # None: not recorded, or no λ
@@ -154,23 +147,14 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
     return runs
 
 
-def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings with their keys joined by dots."""
-    answer = {}
-    for key, value in settings.items():
-        answer |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return answer
-
-
 def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     """What decides a run's outcome, seed apart, in words; several keys that are one thing, such as noise, are one.
 
     The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
     """
-    rest = {key: value for key, value in settings.items() if key not in FREE | {"seed"}}
-    rate_of = SimpleNamespace(lr=SimpleNamespace(base=rest.pop("lr.base"), value=rest.pop("lr.value")))
-    for key in ("minibatch", "momentum", "momentum_match"):
-        setattr(rate_of, key, rest.pop(key))
+    rest = deciding(settings, processes)
+    for key in ("seed", "images per process"):
+        rest.pop(key, None)
     norm, network = rest.pop("norm.name"), rest.pop("network.name")
     words = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     start, background, window, quantile, gradient = (
@@ -187,8 +171,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["data"] = NAMES.get(rest["data.name"], rest.pop("data.name"))
     words["size"] = "x".join(map(str, rest.pop("data.size")))
     words["init"] = f"init {rest.pop('network.init')}"
-    words["minibatch"] = f"minibatch {rate_of.minibatch}"
-    words["momentum"], words["rate"] = f"momentum {momentum(rate_of):.6g}", f"rate {rate(rate_of):.4g}"
+    words["minibatch"] = f"minibatch {rest.pop('minibatch')}"
+    words["momentum"], words["rate"] = f"momentum {rest.pop('momentum'):.6g}", f"rate {rest.pop('rate'):.4g}"
     gain, shift = rest.pop("noise.gain"), rest.pop("noise.shift")
     words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
     mode, limit, ema, gate = (rest.pop(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
@@ -231,19 +215,20 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
     missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)}: missing")
-    settings = flat(asdict(Config())) | flat(OmegaConf.to_container(config, resolve=True))  # may be older than a key
-    get, (height, width) = settings.get, settings["data.size"]
-    minibatch, match = int(get("minibatch")), get("momentum_match")
-    scaled = float(get("lr.base")) * minibatch * minibatch / int(match or minibatch)
-    commonest, processes = result.get("commonest_class_error"), int(result.get("processes") or 1)
+    for key in ("minibatch", "epochs"):
+        int(OmegaConf.select(config, key))
+    settings, processes = OmegaConf.to_container(config, resolve=True), int(result.get("processes") or 1)
+    get, decides, words = complete(settings).get, deciding(settings, processes), describe(settings, processes)
+    height, width = get("data.size")
+    commonest = result.get("commonest_class_error")
     return Run(
-        name=path.name, path=path, network=str(get("network.name")), norm=str(get("norm.name")), minibatch=minibatch,
-        width=None if get("network.width") is None else float(get("network.width")), data=str(get("data.name")),
-        rate=scaled if get("lr.value") is None else float(get("lr.value")), size=(int(height), int(width)),
-        seed=None if get("seed") is None else int(get("seed")), epochs=int(get("epochs")), state=result["state"],
-        reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, processes=processes,
+        name=path.name, path=path, network=str(get("network.name")), norm=str(get("norm.name")),
+        width=None if get("network.width") is None else float(get("network.width")), minibatch=int(get("minibatch")),
+        rate=float(decides["rate"]), seed=None if get("seed") is None else int(get("seed")), epochs=int(get("epochs")),
+        data=str(get("data.name")), size=(int(height), int(width)), state=result["state"],
+        reason=str(result.get("reason") or ""), metrics=metrics, settings=complete(settings), words=words,
         commonest_class_error=math.nan if commonest is None else float(commonest),
-        words=describe(settings, processes), device=str(result.get("device") or ""),
+        device=str(result.get("device") or ""),
     )  # fmt: skip
 
 

@@ -268,17 +268,18 @@ def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
     texts += [f"Not all finished: {', '.join(others)}."] * bool(others)
     for network in dict.fromkeys(run.network for run in _firsts(groups)):
         ends = []
-        for norm in sorted({run.norm for run in _firsts(groups) if run.network == network}, reverse=True):
+        for norm in {run.norm for run in _firsts(groups) if run.network == network}:
             firsts = zip(groups, _firsts(groups), strict=True)
             here = [name for name, run in firsts if (run.network, run.norm) == (network, norm)]
             means = {name: np.mean(errors) for name in here if (errors := _errors(groups[name], epoch))}
             if means:
                 best, about = min(means, key=means.get), {NAMES.get(network), NAMES.get(norm)}
                 where = ", ".join(part for part in best.split(", ") if part not in about)
-                to = f" to {max(means.values()):.1f} %" + f", best with {where}" * bool(where)
-                ends.append(f"{NAMES.get(norm, norm)} {means[best]:.1f}" + (to if len(means) > 1 else " %"))
+                to = f" to {max(means.values()):.1f} %" + f" (best with {where})" * bool(where)
+                ends.append((means[best], f"{NAMES.get(norm, norm)} {means[best]:.1f}{to if len(means) > 1 else ' %'}"))
         if ends:
-            texts.append(f"Pixel error of {NAMES.get(network, network)} at epoch {epoch}: {'; '.join(ends)}.")
+            said = ", ".join(text for _, text in sorted(ends))
+            texts.append(f"Pixel error of {NAMES.get(network, network)} at epoch {epoch}: {said}.")
     commonest = sorted({round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0})
     texts += [f"Always naming the commonest class errs on {' or '.join(map(str, commonest))} %."] * bool(commonest)
     texts += ["One seed does not say how much of a difference is chance."] * (len(seeds) == 1 < len(groups))

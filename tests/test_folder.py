@@ -1,5 +1,6 @@
 """Your own data: patterns, class files and their drafts, the check, and what a run keeps of them."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -403,3 +404,15 @@ def test_classes_belong_to_a_run_and_their_file_does_not(tmp_path, monkeypatch):
             run(longer, tmp_path / "run")
     (tmp_path / "moved.yaml").write_text(CLASSES)
     assert run(longer, tmp_path / "run")["epochs"] == 2
+
+
+def test_a_share_for_validation_is_evaluated_as_in_training(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    shutil.rmtree(root / "images/val")
+    shutil.rmtree(root / "labels/val")
+    result = run(configured(root, val_share=0.34), tmp_path / "run")
+    assert ended(eval_program, tmp_path / "run") == 0 and "note:" not in capsys.readouterr().out
+    figures = json.loads((tmp_path / "run/eval-folder-val-training.json").read_text())
+    assert figures["images"] == 2 and figures["pixel_error"] == pytest.approx(result["pixel_error"], abs=1e-6)
+    assert ended(eval_program, tmp_path / "run", "split=train") == 0
+    assert json.loads((tmp_path / "run/eval-folder-train-training.json").read_text())["images"] == 4

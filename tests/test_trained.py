@@ -71,6 +71,13 @@ def test_a_checkpoint_older_than_a_key_is_read(runs, tmp_path):
     assert agcseg.load(changed(runs, tmp_path, config=config)).config.contour.band == 3
 
 
+def test_a_checkpoint_with_the_names_of_the_classes_alone_is_read(runs, tmp_path):
+    names = list(LAYOUTS["cityscapes"].classes.names)
+    assert agcseg.load(changed(runs, tmp_path, classes=names)).classes == LAYOUTS["cityscapes"].classes
+    others = agcseg.load(changed(runs, tmp_path, classes=[name.upper() for name in names])).classes
+    assert others.names[0] == "ROAD" and len(set(others.colors)) == 19
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -256,20 +256,7 @@ def check(config: Config) -> None:
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     _check_recipe(config, expect, one_of)
     expect(config.images >= 0, f"images={config.images}: must not be negative")
-    for key in ("root", "cache_dir"):
-        value = getattr(data, key)
-        try:
-            Path(value or "").expanduser()
-        except RuntimeError:
-            problems.append(f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
-    needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
-    expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
-    expect(bool(config.name), "name: must not be empty")
-    for key in ("name", "run"):
-        value = getattr(config, key) or ""
-        expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
-        shown = value.encode(errors="replace").decode()
-        expect(value == shown, f"{key}={shown}: not in UTF-8; set LC_ALL=C.UTF-8")
+    _check_places(config, expect)
     multiple = kind(config.network.name).multiple
     expect(
         len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
@@ -286,6 +273,31 @@ def check(config: Config) -> None:
                         GEMS(built, **asdict(config.gems))
         except UserError as error:
             problems.append(str(error))
+    _check_data(config, expect)
+    if problems:
+        raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
+
+
+def _check_places(config: Config, expect: Callable) -> None:
+    data = config.data
+    for key in ("root", "cache_dir"):
+        value = getattr(data, key)
+        try:
+            Path(value or "").expanduser()
+        except RuntimeError:
+            expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+    needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
+    expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
+    expect(bool(config.name), "name: must not be empty")
+    for key in ("name", "run"):
+        value = getattr(config, key) or ""
+        expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
+        shown = value.encode(errors="replace").decode()
+        expect(value == shown, f"{key}={shown}: not in UTF-8; set LC_ALL=C.UTF-8")
+
+
+def _check_data(config: Config, expect: Callable) -> None:
+    data = config.data
     available = images_available(data)
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         key = f"data.{split}_images={wanted}"
@@ -317,8 +329,6 @@ def check(config: Config) -> None:
             )
         divisor = data.folder.instance_divisor
         expect(divisor is None or divisor > 1, f"data.folder.instance_divisor={divisor}: must be above 1, or null")
-    if problems:
-        raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
 
 
 def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:

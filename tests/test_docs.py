@@ -42,6 +42,7 @@ from agcseg.cli.jobs import folder_of
 from agcseg.config import Config, check
 from agcseg.data import LAYOUTS
 from agcseg.networks import NETWORKS, classnet, segnet
+from agcseg.networks import kind as kind_of_network
 from agcseg.record.identity import flat
 from agcseg.training.run import run
 
@@ -129,13 +130,14 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
 
 def small(config: Config) -> Config:
     """The same run, in a second."""
-    multiple = NETWORKS[config.network.name].multiple
+    multiple = max(32, kind_of_network(config.network.name).multiple)
+    width = 0.05 if config.network.name in NETWORKS else 1.0
     streets = replace(config.data.streets, train=4, val=2, size=[64, 128])
     return replace(
         config,
-        network=replace(config.network, width=0.05),
+        network=replace(config.network, width=width),
         data=replace(config.data, size=[multiple, 2 * multiple], train_images=None, val_images=None, streets=streets),
-        minibatch=2, accumulate=1, momentum_match=None, epochs=1, images=1, device="cpu",
+        minibatch=2, accumulate=1, momentum_match=None, epochs=1, warmup=0, images=1, device="cpu",
     )  # fmt: skip
 
 
@@ -326,6 +328,9 @@ def test_page(page, setting, known, tmp_path, monkeypatch, caplog):
     (setting / "data/mine/classes.yaml").unlink(missing_ok=True)  # more than one page drafts it
     monkeypatch.setattr(sys, "argv", sys.argv)
     Path("film").mkdir()
+    for _, kind_of, text in blocks(page):
+        if kind_of == "python" and "def make(num_classes" in text:  # what the page calls mynet.py
+            Path("mynet.py").write_text(text)
     shutil.copy(setting / "photo.jpg", "photo.jpg")
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save("film/1.png")
     this, problems, printed = Page(setting, known), [], io.StringIO()

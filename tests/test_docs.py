@@ -239,7 +239,14 @@ class Page:
             assert run(small(config), folder)["state"] == "finished"
 
     def agcseg_data(self, arguments: list[str]) -> None:
-        less = ["data.streets.train=2", "data.streets.val=1", "data.streets.size=[64,128]", "data.size=[32,64]"]
+        less = [
+            "data.train_images=null",
+            "data.val_images=null",
+            "data.streets.train=2",
+            "data.streets.val=1",
+            "data.streets.size=[64,128]",
+            "data.size=[32,64]",
+        ]
         sys.argv = ["agcseg-data", *arguments, *less]
         agcseg.cli.data.main()
 

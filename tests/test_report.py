@@ -335,9 +335,11 @@ def test_figure1_shows_what_is_there_and_names_what_is_not(tmp_path):
     texts = ["\n".join(text.get_text() for text in axis.texts) for axis in axes]
     lines = [[line for line in axis.lines if len(line.get_xdata())] for axis in axes]
     assert [len(drawn) for drawn in lines] == [3, 2, 2, 0, 2, 0, 2, 0]
-    assert texts[0] == "" and texts[1] == "no run of\nSegNet AGC, minibatch 8, rate 0.16"
+    assert "no run" not in texts[0] and texts[1].endswith("no run of\nSegNet AGC, minibatch 8, rate 0.16")
     assert (
-        texts[3] == texts[5] == "no run of\nClassNet BN, minibatch 4, rate 0.08\nClassNet AGC, minibatch 4, rate 0.08"
+        texts[3].strip()
+        == texts[5].strip()
+        == "no run of\nClassNet BN, minibatch 4, rate 0.08\nClassNet AGC, minibatch 4, rate 0.08"
     )
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_xlim() == (0.5, 12.5)
     runs = [kept[RUNS[1]][seed] for seed in (1, 2)]
@@ -349,7 +351,7 @@ def test_figure1_shows_what_is_there_and_names_what_is_not(tmp_path):
     band = axes[2].collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((both.min(), both.max()))
     legend = [text.get_text() for text in axes[0].get_legend().get_texts()]
-    assert legend[0].startswith("minibatch 1, rate 0.02: ") and len(legend) in (3, 4)
+    assert legend[0].startswith("minibatch 1, rate 0.02: ") and len(legend) == 3
 
 
 def test_a_spike_does_not_squash_the_scale(tmp_path):
@@ -359,7 +361,7 @@ def test_a_spike_does_not_squash_the_scale(tmp_path):
     kept[RUNS[0]][1].metrics.loc[21, "pixel_error"] = 9.9
     axis = figure1(kept).axes[0]
     assert axis.get_ylim() == pytest.approx(before, abs=5)
-    assert axis.get_legend().get_texts()[-1].get_text() == "off the scale: up to 990"
+    assert "off the scale: up to 990" in [text.get_text() for text in axis.texts]
 
 
 def test_lambda_figure(tmp_path):

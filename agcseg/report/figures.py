@@ -78,13 +78,14 @@ def _draw_curves(axis, groups: Settings, metric, title, scale, levels, reference
             axis.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
     for name, seeds in groups.items():
         style = styles[name] | {"lw": 2.6 if name == reference else 1.5}
-        _draw_mean(axis, [run for run in seeds.values() if run.held], metric, style, band)
-        for run in seeds.values():
+        held = [run for run in seeds.values() if run.held]
+        _draw_mean(axis, held, metric, style, band)
+        for i, run in enumerate(seeds.values()):
             curve = points(run, metric)
             if not run.held:
-                axis.plot(*curve.T, **style | {"lw": 0.9})
+                axis.plot(*curve.T, **style | {"lw": 0.9, "label": "" if held or i else style.get("label")})
             _mark_end(axis, run, curve, high, style["color"])
-    axis.set(xlim=(0.5, max(run.epochs for run in runs) + 0.5), ylim=scale, xlabel="epoch")
+    axis.set(xlim=(0.5, max((run.epochs for run in runs), default=1) + 0.5), ylim=scale, xlabel="epoch")
     axis.set_title(title, loc="left", fontsize=10)
     off = _off([(run, points(run, metric)) for run in runs], high)
     axis.annotate(off, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=8)
@@ -122,10 +123,9 @@ def figure1(cells: Cells) -> Figure:
     for letters in SAME_SCALE if len(sizes) < 2 else ("ab", "c", "d", "e", "f", "gh"):
         panels = [panel for panel in PANELS if panel.letter in letters]
         runs = [run for p in panels for of in p.runs for run in cells.get(of, {}).values()]
-        low, high = y_range([(run, points(run, panels[0].metric)) for run in runs], reach=1.5)
+        scale = y_range([(run, points(run, panels[0].metric)) for run in runs], reach=1.5)
         for panel in panels:
-            _draw_panel(axes[panel.letter], panel, cells, high)
-            axes[panel.letter].set_ylim(low, high)
+            _draw_panel(axes[panel.letter], panel, cells, scale)
     return fig
 
 
@@ -313,34 +313,21 @@ def y_range(curves: Sequence[Curve], levels: Sequence[float] = (), reach: float 
     return float(max(0, low - margin)), float(high + margin)
 
 
-def _draw_panel(axis: Axes, panel: Panel, cells: Cells, high: float) -> None:
-    is_error = panel.metric == "pixel_error"
-    axis.set_title(fill(f"({panel.letter}) {panel.caption}", 76), loc="left", fontsize=9)
-    axis.set(xlabel="epoch", ylabel="validation pixel error, %" if is_error else "validation loss")
-    axis.grid(alpha=0.25)
-    curves: list[Curve] = []
-    for of in panel.runs:
-        seeds = [*cells.get(of, {}).values()]
-        colour, line = STYLES[of.norm if panel.letter in "cdef" else of[2:]]
-        curves += [(run, points(run, panel.metric)) for run in seeds]
-        held = [run for run in seeds if run.held]
-        _draw_mean(axis, held, panel.metric, {"color": colour, "ls": line, "label": _caption(of, panel, seeds)})
-        for run, curve in curves[len(curves) - len(seeds) :]:
-            if not run.held:
-                only = {"label": _caption(of, panel, seeds)} if not held and run is seeds[0] else {}
-                axis.plot(*curve.T, color=colour, ls=line, lw=0.8, **only)
-            _mark_end(axis, run, curve, high, colour)
+def _draw_panel(axis: Axes, panel: Panel, cells: Cells, scale: tuple[float, float]) -> None:
+    there = {of: [*cells[of].values()] for of in panel.runs if of in cells}
+    names = {of: _caption(of, panel, runs) for of, runs in there.items()}
+    looks = {of: STYLES[of.norm if panel.letter in "cdef" else of[2:]] for of in there}
+    styles = {names[of]: {"color": looks[of][0], "ls": looks[of][1], "label": names[of]} for of in there}
+    title = fill(f"({panel.letter}) {panel.caption}", 56)
+    _draw_curves(axis, {names[of]: cells[of] for of in there}, panel.metric, title, scale, [], "", styles, True)
+    axis.set_ylabel(dict(METRICS)[panel.metric])
     missing = [of for of in panel.runs if of not in cells]
     if missing:
         text = "no run of\n" + "\n".join(map(label, missing))
-        middle = len(missing) == len(panel.runs)
-        at = {"xy": (0.5, 0.5), "ha": "center", "va": "center"} if middle else {"xy": (0.02, 0.03), "va": "bottom"}
-        axis.annotate(text, xycoords="axes fraction", color="0.35", fontsize=10 if middle else 8, **at)
-    if curves:
-        axis.set_xlim(0.5, max(run.epochs for run, _ in curves) + 0.5)
-        axis.plot([], [], ls="", label=_off(curves, high))  # a line of the legend; none if empty
+        at = {"xy": (0.5, 0.5), "ha": "center"} if not there else {"xy": (0.02, 0.1)}
+        axis.annotate(text, xycoords="axes fraction", color="0.35", fontsize=8, va="center", **at)
+    if there:
         axis.legend(fontsize=8.5, framealpha=0.7, edgecolor="none", loc="upper right")
-        axis.locator_params(axis="x", integer=True)
     else:
         axis.set(xticks=[], yticks=[])
 
@@ -422,4 +409,4 @@ def _mark_end(axis: Axes, run: Run, curve: np.ndarray, high: float, colour: str)
 
 def _off(curves: Sequence[Curve], high: float) -> str:
     peak = max((curve[:, 1].max() for _, curve in curves if len(curve)), default=-1)
-    return "nothing measured" if peak < 0 else f"off the scale: up to {peak:.4g}" if peak > high else ""
+    return "nothing measured" * bool(curves) if peak < 0 else f"off the scale: up to {peak:.4g}" if peak > high else ""

@@ -65,8 +65,8 @@ def test_the_demo_with_each_network():
     """The same command, with what experiment/demo/NETWORK.yaml changes; the folders of the runs differ."""
     small, large = config("experiment=demo"), config("experiment=demo", "network=classnet")
     check(small), check(large)
-    assert (small.network.name, small.data.size, small.epochs) == ("segnet", [64, 208], 12)
-    assert (large.network.name, large.data.size, large.network.width) == ("classnet", [208, 256], 0.25)
+    assert (small.network.name, small.data.size, small.epochs) == ("segnet", [64, 128], 20)
+    assert (large.network.name, large.data.size, large.network.width) == ("classnet", [128, 256], 0.25)
     assert large.network.init == "he_centered" and large.name == "demo" and large.epochs < small.epochs
     assert config("experiment=demo", "network=classnet", "epochs=9", "data.size=[256,256]").epochs == 9
     names = {folder_of(made, ["experiment=demo", f"network={made.network.name}"]).name for made in (small, large)}

@@ -103,8 +103,8 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
     Of a sweep so many jobs that each value on the command line occurs, but for seeds. Of what an experiment's file
     sweeps, the first; test_config.py checks the others.
     """
-    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    overrides = hydra_arguments("agcseg-train", overrides, Config)
+    typed = hydra_arguments("agcseg-train", list(arguments), Config)
+    overrides = [argument for argument in typed if argument not in ("-m", "--multirun")]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         chosen = [overrides]
         if len(overrides) < len(arguments):

@@ -96,6 +96,23 @@ else:
             assert torch.equal(kernels.unpool(values, notation), F.max_unpool2d(values, winners, 2))
             assert torch.equal(kernels.gather(z, notation), values)
 
+    def test_maps_and_vectors_that_lie_in_others():
+        """What a caller hands over need not be dense: a slice, a gradient that is one number, a column of a table."""
+        z = maps((2, 12, 6, 16), torch.channels_last)[:, ::2, :, 4:12]
+        dense, (bias, mean_scale) = z.contiguous(), torch.stack(vectors(6), 1).unbind(1)
+        values, winners = max_pool2d(dense)
+        one = torch.ones(()).expand(dense.shape)
+        for given in (z, one):
+            assert torch.equal(kernels.gather(given, winners), passes.gather(given, window_offsets(winners, 8)))
+        for given in (z[:, :, ::2, ::2], one[:, :, ::2, ::2]):
+            assert torch.equal(kernels.unpool(given, winners), F.max_unpool2d(given.contiguous(), winners, 2))
+        found = kernels.activate(dense.clone(), bias, mean_scale, True)
+        check(found, passes.activate(dense.clone(), bias, mean_scale, True), torch.contiguous_format)
+        found = kernels.backward(one[:, :, ::2, ::2], *found, mean_scale)
+        expected = passes.activate(dense.clone(), bias, mean_scale, True)
+        expected = passes.backward(one[:, :, ::2, ::2], *expected, mean_scale, True)
+        check(found, expected, torch.contiguous_format)
+
     def test_the_first_of_equal_cells_wins():
         z = maps((2, 5, 8, 8), torch.channels_last).round()
         zero = torch.zeros(5)
@@ -117,6 +134,13 @@ else:
         gain = torch.linspace(-1, 2, 6)
         found = kernels.filter_gradients(d.clone(), filters, gain)
         assert found[0].stride() == filters.stride()
+        torch.testing.assert_close(found, passes.filter_gradients(d.clone(), filters, gain))
+
+    @pytest.mark.parametrize("of", [lambda w: w[:, ::2], lambda w: w.transpose(0, 1), lambda w: w[:, :, 1:]])
+    def test_filter_gradients_of_a_view(of):
+        filters = of(maps((6, 6, 3, 3), torch.contiguous_format))
+        d, gain = torch.randn(filters.shape), torch.stack(vectors(6), 1)[:, 0]
+        found = kernels.filter_gradients(d.clone(), filters, gain)
         torch.testing.assert_close(found, passes.filter_gradients(d.clone(), filters, gain))
 
     @both_layouts

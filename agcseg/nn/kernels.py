@@ -231,7 +231,7 @@ def _partial(maps: Tensor, plan: _Plan) -> Tensor:
 def activate(z, bias, mean_scale, pool=False, mean=None):
     """As `agcseg.nn.passes.activate`."""
     n, k, h, w = z.shape
-    plan = _plan(z)
+    plan, bias, mean_scale = _plan(z), bias.contiguous(), mean_scale.contiguous()
     z_strides, partial, shares = plan.strides, mean, 1
     if known := mean is not None:
         mean = mean.contiguous()
@@ -255,7 +255,7 @@ def backward(grad, output, winners, mean, mean_scale):
     """As `agcseg.nn.passes.backward`."""
     n, k, h, w = output.shape
     memory_format = layout(output)
-    grad = grad.contiguous(memory_format=memory_format)
+    grad, mean_scale = grad.contiguous(memory_format=memory_format), mean_scale.contiguous()
     g = torch.empty_like(output)
     plan = _plan(g)
     partial = _partial(g, plan)
@@ -276,15 +276,19 @@ def backward(grad, output, winners, mean, mean_scale):
 def unpool(values, winners):
     """As `agcseg.nn.passes.unpool`; winners in either notation."""
     n, k, h, w = values.shape
-    maps = empty(values, (n, k, 2 * h, 2 * w), layout(values))
-    _between(values, winners.contiguous(memory_format=layout(values)), maps, False)
+    memory_format = layout(values)
+    maps = empty(values, (n, k, 2 * h, 2 * w), memory_format)
+    values, winners = (part.contiguous(memory_format=memory_format) for part in (values, winners))
+    _between(values, winners, maps, False)
     return maps
 
 
 def gather(maps, winners):
     """As `agcseg.nn.passes.gather`; winners in either notation."""
-    values = empty(maps, winners.shape, layout(maps))
-    _between(values, winners.contiguous(memory_format=layout(maps)), maps, True)
+    memory_format = layout(maps)
+    values = empty(maps, winners.shape, memory_format)
+    maps, winners = (part.contiguous(memory_format=memory_format) for part in (maps, winners))
+    _between(values, winners, maps, True)
     return values
 
 
@@ -297,7 +301,8 @@ def _between(values, winners, maps, gather):
 
 
 def filter_gradients(d, filters, gain):
-    """As `agcseg.nn.passes.filter_gradients`."""
+    """As `agcseg.nn.passes.filter_gradients`; of filters that are a view of others, with strides of their own."""
+    filters, gain = filters.contiguous(memory_format=layout(filters)), gain.contiguous()
     d_filters, d_gain = torch.empty_like(filters), torch.empty_like(gain)
     if d.stride() != filters.stride():
         d = torch.empty_like(filters, dtype=d.dtype).copy_(d)

@@ -453,7 +453,7 @@ def test_submission(runs, benchmark, tmp_path, capsys):
 def test_submission_wants_cityscapes_classes(runs, benchmark, tmp_path, monkeypatch, capsys):
     trained = agcseg.load(runs / "segnet")
     other = trained._replace(classes=LAYOUTS["camvid"].classes)
-    monkeypatch.setattr(agcseg, "load", lambda path: other)
+    monkeypatch.setattr(agcseg, "load", lambda *arguments: other)
     arguments = (f"input={benchmark}", f"output={tmp_path / 'out'}", "submission=true")
     assert ended(predict_program, runs / "segnet", *arguments) == 2
     assert "submission=true" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -183,15 +183,6 @@ def test_a_sweep_with_one_folder_for_two_runs_starts_nothing(inside, small, tmp_
     assert code == 2 and "two runs of this sweep have one folder" in said and not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize(("launcher", "extra"), [("slurm", "slurm"), ("ray_gpus", "ray")])
-def test_a_launcher_that_is_not_installed(inside, launcher, extra, monkeypatch):
-    from agcseg.cli import jobs
-
-    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    code, said = inside("-m", f"hydra/launcher={launcher}", "seed=1,2")
-    assert code == 2 and f"pip install 'agcseg[{extra}]'" in said
-
-
 def test_texts_in_every_program_with_hydra(inside, small, tmp_path, streets, monkeypatch):
     shutil.copytree(streets, tmp_path / "2026_11_25")
     assert inside(*small, "data.root=2026_11_25", "name=it's (1)", "run=1e3")[0] == 0

@@ -180,7 +180,7 @@ def test_onnx(name):
 
 def test_program(torch_program, tmp_path, monkeypatch, capsys):
     one = trained()._replace(path=tmp_path / "last.pt")
-    monkeypatch.setattr(program.agcseg, "load", lambda run: one)
+    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: one)
     monkeypatch.setattr(program, "export", lambda trained, format: torch_program)
     assert program.main(["RUN", "format=torch"]) == 0
     assert (tmp_path / "network.pt2").read_bytes() == torch_program
@@ -207,7 +207,7 @@ def test_program(torch_program, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(program.agcseg, "load", lambda run: trained())
+    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: trained())
     with pytest.raises(SystemExit) as ended:
         program.main(["RUN", *arguments])
     assert ended.value.code == 2 and message in capsys.readouterr().err

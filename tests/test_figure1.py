@@ -27,7 +27,7 @@ def test_the_sweep_runs_these_twelve_once_for_each_seed(monkeypatch, tmp_path):
     def run(config, folder):
         settings = Setting(config.network.name, config.norm.name, config.minibatch, pytest.approx(rate(config)))
         started.append((settings, config.seed, str(folder)))
-        return {}
+        return {"state": "finished"}
 
     monkeypatch.setattr(agcseg.cli.train, "run", run)
     monkeypatch.chdir(tmp_path)

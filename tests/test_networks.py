@@ -1,6 +1,9 @@
 """SegNet's shape, counts, initial values, and the door."""
 
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 import agcseg
 from agcseg import AGC2d, ConvUnit
 from agcseg.nn import INITS, NORMS
+from agcseg.training.machine import keeping
 
 
 def count_parameters(network):
@@ -125,3 +129,22 @@ def test_a_callable_is_a_norm():
 def test_wrong_size():
     with pytest.raises(ValueError, match=r"multiples of 32; got \(48, 64\)"):
         agcseg.build("segnet", width=0.1)(torch.zeros(1, 3, 48, 64))
+
+
+@pytest.mark.parametrize("norm", ["agc", "bn"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_forward_without_backward_leaves_nothing_in_memory(norm, counted, monkeypatch):
+    """Such as one that ended for lack of memory, before a smaller minibatch is tried."""
+    monkeypatch.setattr("agcseg.nn.fast.SMALL", 0)
+    network, left = agcseg.build("segnet", num_classes=3, norm=norm, width=0.05), []
+    for unit in network.modules():
+        if isinstance(unit, ConvUnit):
+            unit.register_forward_hook(lambda unit, _, output: left.append(weakref.ref(_first(output))))
+    with keeping(network) if counted else contextlib.nullcontext():
+        network(torch.randn(1, 3, 32, 32))
+    gc.collect()
+    assert left and not any(maps() is not None for maps in left)
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output

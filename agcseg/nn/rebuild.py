@@ -100,7 +100,7 @@ def rebuilding(chosen: Collection[nn.Module]) -> Iterator[Callable]:
     saved-tensor hooks around it still see that.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    keep, give = hooks if hooks else (lambda tensor: tensor, lambda tensor: tensor)
+    keep, give = hooks if hooks else (_held, lambda tensor: tensor)
     outputs: dict[int, _Output] = {}  # by address, while they live
     own: list[_Kept] | None = None  # of the unit that runs
 
@@ -160,6 +160,11 @@ def _again(unit: nn.Module, device: str, arguments, options) -> Callable[[], Ten
         return result[0] if isinstance(result, tuple) else result
 
     return call
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """For a node to keep. Its own output would keep the node: memory that no one frees if backward never comes."""
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _address(tensor: Tensor) -> int:

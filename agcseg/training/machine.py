@@ -160,7 +160,7 @@ def keeping(network: nn.Module) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if not over and storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that keeps its own output is freed by its backward only
 
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal over

@@ -322,7 +322,7 @@ def test_the_largest_minibatch_of_a_budget():
     device = str(find_device("auto"))
     cases = [Case("segnet", norm, 1, "bf16", (256, 512), device=device, channels_last=True) for norm in ("bn", "agc")]
     (bn, _), (agc, _) = (largest_minibatch(case, 12 * 2**30) for case in cases)
-    assert bn >= 30 and agc >= 1.8 * bn
+    assert bn >= 30 and agc >= 2.4 * bn, (bn, agc)
 
 
 @gpu

@@ -6,6 +6,7 @@ here, and listed in the README; the layers' numbers below are ours.
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -107,12 +108,9 @@ class ClassNet(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.recompute = recompute
 
-    @property
-    def recompute(self) -> float:
-        return self._recompute
+    recompute = property(attrgetter("_recompute"), lambda self, budget: self._choose(budget))
 
-    @recompute.setter
-    def recompute(self, budget: float) -> None:
+    def _choose(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
 
     def _costs(self) -> list[Cost]:

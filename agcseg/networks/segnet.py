@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -67,12 +68,9 @@ class SegNet(nn.Module):
         self.head_norm = norm(num_classes) if head_norm and norm else nn.Identity()
         self.recompute = recompute
 
-    @property
-    def recompute(self) -> float:
-        return self._recompute
+    recompute = property(attrgetter("_recompute"), lambda self, budget: self._choose(budget))
 
-    @recompute.setter
-    def recompute(self, budget: float) -> None:
+    def _choose(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
         if budget and self.encoder[0][0].is_fast:  # of a narrow network it costs more, and is worth it still
             self._rebuilt.add(self.encoder[0][0])

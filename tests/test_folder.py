@@ -366,16 +366,16 @@ def test_evaluation_of_other_images_than_the_runs_says_so(tmp_path, capsys):
 
 
 def test_relative_paths_are_found_again_from_elsewhere(tmp_path, monkeypatch):
-    write_folder(tmp_path / "project/data/mine")
+    write_folder(tmp_path / "project/mine")
     monkeypatch.chdir(tmp_path / "project")
-    config = configured(tmp_path / "project/data/mine")
-    config.data.root, config.data.cache_dir = "data/mine", "cache"
-    run(config, tmp_path / "project/outputs/n/run")
+    config = configured(tmp_path / "project/mine")
+    config.data.root, config.data.cache_dir = "mine", "cache"
+    run(config, tmp_path / "project/outputs/mine/run")  # the runs are called as the data
     (tmp_path / "away").mkdir()
     monkeypatch.chdir(tmp_path / "away")
-    assert ended(eval_program, "../project/outputs/n/run") == 0
+    assert ended(eval_program, "../project/outputs/mine/run") == 0
     shutil.move(tmp_path / "project", tmp_path / "moved")
-    assert ended(eval_program, "../moved/outputs/n/run") == 0
+    assert ended(eval_program, "../moved/outputs/mine/run") == 0
 
 
 @pytest.mark.parametrize("split", ["train_extra", "val-night", "val.2"])

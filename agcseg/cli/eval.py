@@ -148,9 +148,10 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
 
 
 def _found(path: str, run: Path) -> Path:
-    """A path of a run's configuration: relative ones are so to where it was started, a folder above its own."""
-    path = Path(path).expanduser()
-    return next((base / path for base in run.resolve().parents if (base / path).exists()), path).resolve()
+    """A path of a run's configuration: relative ones are so to where it started, the folder above outputs/NAME/RUN."""
+    path, above = Path(path).expanduser(), list(run.resolve().parents)
+    bases = above[3:] + above[:3]  # outputs last: the runs in outputs/camvid are not the data in camvid
+    return next((base / path for base in bases if (base / path).exists()), path).resolve()
 
 
 def _samples(trained: Trained, data: DataConfig, layout: Layout, root: Path, keys: dict) -> list[Sample]:

@@ -463,10 +463,18 @@ def test_what_runs_were_made_with(tmp_path):
 
 def test_a_record_makes_the_same_report_again(tmp_path):
     folder = make_figure1(tmp_path / "a" / "runs", seeds=(1, 2), runs=RUNS[1:2] + RUNS[5:6], epochs=12)
-    for arguments in ([folder, tmp_path / "record"], ["--unpack", tmp_path / "record", tmp_path / "b" / "runs"]):
+    about = {"command": "/opt/bin/agcseg-train 'a=[1]'", "packages": {"torch": "2.9", "elsewhere": "1.0"}}
+    for run in folder.glob("*/"):
+        (run / "environment.json").write_text(json.dumps(about))
+    record, again = tmp_path / "record", tmp_path / "b" / "runs"
+    for arguments in ([folder, record], ["--unpack", record, again], [again, tmp_path / "twice"]):
         subprocess.run([sys.executable, ROOT / "scripts/record", *arguments], check=True)
+    for path in record.iterdir():
+        assert path.suffix == ".npz" or path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()
+    kept = {path.read_text() for path in again.glob("*/environment.json")}
+    assert kept == {json.dumps({"command": "agcseg-train 'a=[1]'", "packages": {"torch": "2.9"}})}
     write_report(folder)
-    write_report(tmp_path / "b" / "runs")
+    write_report(again)
     for name in ("report.md", "report.csv"):
-        assert (folder / name).read_text() == (tmp_path / "b" / "runs" / name).read_text()
-    assert not [*(tmp_path / "record").glob("**/*.png")]
+        assert (folder / name).read_text() == (again / name).read_text()
+    assert not [*record.glob("**/*.png")]

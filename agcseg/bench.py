@@ -33,12 +33,18 @@ from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
 from agcseg.training.machine import keeping, out_of_memory, peak_memory, reset_peak_memory, settings
+from agcseg.training.step import EAGER, graphed
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
 FORMS = ("agc-literal", *(f"agc-{background}" for background in BACKGROUNDS if background != "map"), *TRAINED, *FOLDED)
 BASES = ("bn", "none", "bn-folded")  # what ratios are to
-MODES = {"": None, "-compiled": "default", "-graphs": "reduce-overhead"}  # suffix -> torch.compile's mode
+MODES = {
+    "": None,
+    "-compiled": "default",
+    "-graphs": "reduce-overhead",
+    "-graph": None,
+}  # suffix -> torch.compile's mode
 VARIANTS = tuple(name + mode for name in (*NORMS, *FORMS) for mode in MODES if not (mode and name in TRAINED))
 
 
@@ -99,6 +105,7 @@ class Step:
         mode = MODES[case.suffix]
         self.model = torch.compile(self.network, mode=mode) if mode else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-4, 0.9, fused=True)
+        self.take = graphed(self._take, self.optimizer) if case.suffix == "-graph" else self._take
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16")
@@ -109,6 +116,9 @@ class Step:
         return sum(part.mean() for part in image_losses(outputs, self.labels, contours=self.contours))
 
     def __call__(self) -> None:
+        self.take()
+
+    def _take(self) -> None:
         if self.case.inference:
             with torch.no_grad(), self.autocast():
                 self.model(self.images)
@@ -138,7 +148,7 @@ def memory_and_work(step: Step, steps: int = 2) -> dict:
     """
     idle = _used(step.device)
     reset_peak_memory(step.device)
-    for i in range(steps):
+    for i in range(steps + EAGER * (step.case.suffix == "-graph")):
         step()
         if i == 0 and step.device.type == "cuda":  # the first tries cuDNN's algorithms, which takes workspace
             reset_peak_memory(step.device)
@@ -354,9 +364,9 @@ def table(
 ) -> list[dict]:
     """Measure all cases; one row each.
 
-    Ratios are those of the same round, to BN, to folded BN and to no normalisation of the same mode (plain, compiled or
-    graphs) where that was measured too; `..._low` and `..._high` are their extremes over the rounds. A case that fails
-    has "failed", why, and the figures until then; no ratio is to it.
+    Ratios are those of the same round, to BN, to folded BN and to no normalisation of the same mode (plain, compiled,
+    graphs or graph) where that was measured too; `..._low` and `..._high` are their extremes over the rounds. A case
+    that fails has "failed", why, and the figures until then; no ratio is to it.
 
     Args:
         keep: gets the rows so far whenever something of them has been measured.

@@ -158,6 +158,7 @@ class Config:
     precision: str = "fp32"
     channels_last: Any = "auto"
     compile: bool = False
+    graph: bool = False
     deterministic: bool = False
     sync_bn: bool = False
     resume: bool = True
@@ -251,6 +252,10 @@ def check(config: Config) -> None:
     expect(0 <= shift < float("inf"), f"noise.shift={shift}: must be finite and not negative")
     noisy = config.noise.gain or shift
     expect(not (config.compile and (noisy or config.gems.mode)), "compile=true: not together with noise or gems")
+    expect(
+        not (config.graph and config.gems.mode),
+        "graph=true: not together with gems, whose counts lie elsewhere in each step",
+    )
     expect(not (foreign and (noisy or config.gems.mode)), f"noise and gems: not in {config.network.name}")
     expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")

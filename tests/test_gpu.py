@@ -22,8 +22,10 @@ from agcseg.bench import Case, Step, largest_minibatch  # noqa: E402
 from agcseg.config import NetworkConfig  # noqa: E402
 from agcseg.data import open_data  # noqa: E402
 from agcseg.data.minibatches import minibatches, open_split, read_ahead  # noqa: E402
+from agcseg.errors import UserError  # noqa: E402
 from agcseg.nn import layer_signals  # noqa: E402
 from agcseg.training import run as training  # noqa: E402
+from agcseg.training import step as step_module  # noqa: E402
 from agcseg.training.machine import find_device, out_of_memory, settings  # noqa: E402
 from agcseg.training.run import run  # noqa: E402
 
@@ -122,7 +124,8 @@ def check_run(config, folder):
     with open(folder / "metrics.csv") as file:
         assert len(list(csv.DictReader(file))) == config.epochs
     if not fakegpu.here():
-        run(replace(config, device="cpu", compile=False, precision="fp32"), folder.with_name("cpu"))
+        plain = replace(config, device="cpu", compile=False, graph=False, precision="fp32")
+        run(plain, folder.with_name("cpu"))
         first = [np.load(path / "steps.npy").reshape(-1)[0] for path in (folder, folder.with_name("cpu"))]
         assert first[0] == pytest.approx(first[1], rel=0.02 if config.precision == "bf16" else 1e-3)
 
@@ -170,6 +173,52 @@ def test_settings(make, tmp_path, values):
     config = make(**values)
     config.data.flip = flip
     check_run(config, tmp_path / "run")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "values",
+    [{"schedule": "cosine", "ema": 0.9}, {"norm": "bn", "precision": "bf16"}, {"network": "classnet", "noise": 0.1}]
+    + [pytest.param(values, marks=slow) for values in ({"optimizer": "adamw"}, {"compile": True, "norm": "none"})],
+)
+def test_a_step_is_one_graph(make, tmp_path, monkeypatch, values):
+    """From the fourth step on, captured once for each rate; on a real GPU with the weights of eager steps."""
+    others = {key: value for key, value in values.items() if key != "noise"}
+    config = make(**others, minibatch=1, epochs=2, graph=True, deterministic=True)
+    config.lr.value, config.noise.gain = 0.001, values.get("noise", 0)
+    captured, counted, capture, steps = [], [], step_module.capture, training._steps
+
+    def counting(*arguments):
+        before = fakegpu.counts() if fakegpu.here() else {}
+        result = steps(*arguments)
+        counted.append({key: fakegpu.counts()[key] - value for key, value in before.items()})
+        return result
+
+    monkeypatch.setattr(step_module, "capture", lambda *arguments: captured.append(1) or capture(*arguments))
+    monkeypatch.setattr(training, "_steps", counting)
+    check_run(config, tmp_path / "run")
+    assert len(captured) == (2 if "schedule" in values else 1)
+    if fakegpu.here():
+        assert [one["graphs"] for one in counted] == [8 - 3, 8]
+        if "schedule" not in values:
+            assert counted[1]["waits"] == 1 and counted[1]["launches"] <= 8 * 12, counted
+    else:
+        run(replace(config, graph=False), tmp_path / "eager")
+        files = [torch.load(tmp_path / name / "last.pt", weights_only=True)["network"] for name in ("run", "eager")]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+@gpu
+@needs_gpu
+def test_a_step_that_waits_is_no_graph():
+    parameter = torch.nn.Parameter(torch.ones(1, device=find_device("auto")))
+    train = step_module.graphed(lambda x: (x * parameter.item(),), torch.optim.SGD([parameter]))
+    for _ in range(step_module.EAGER):
+        train(torch.ones(3, device=parameter.device))
+    with pytest.raises(UserError, match="cannot be captured .*; use graph=false"):
+        train(torch.ones(3, device=parameter.device))
+    torch.cuda.synchronize()
 
 
 @gpu

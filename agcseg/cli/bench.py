@@ -30,7 +30,7 @@ variants: every norm ("""
     + """);
 agc-literal, the paper's formula; agc-window, agc-median and agc-trimmed, other backgrounds; agc-gems and agc-noise, in
 training only; bn-folded and agc-onepass, in inference only, the norm being part of the convolution; each but gems and
-noise also with -compiled (torch.compile) or -graphs (the same with CUDA graphs)
+noise also with -compiled (torch.compile), -graphs (the same with CUDA graphs) or -graph (all of a step as one)
 
 columns: step = forward, backward and update, median over the rounds; time/bn, time/none = ratio to the same step with
 batch normalisation or none, round by round, with its extremes; kept = MiB that autograd keeps for backward; peak = MiB

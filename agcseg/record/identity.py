@@ -14,8 +14,8 @@ from agcseg.nn import NORMS
 
 # Where things lie and how fast they go: of no influence on what is computed, but for rounding.
 FREE = {
-    "name", "run", "device", "channels_last", "compile", "deterministic", "resume", "save_every", "images", "data.root",
-    "data.cache_dir", "data.folder.classes", "network.implementation", "network.options.recompute",
+    "name", "run", "device", "channels_last", "compile", "graph", "deterministic", "resume", "save_every", "images",
+    "data.root", "data.cache_dir", "data.folder.classes", "network.implementation", "network.options.recompute",
 }  # fmt: skip
 CHOSEN = {"augment.name", "schedule", "optimizer", "ema"}  # in the name, though a file says them
 IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder

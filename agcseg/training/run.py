@@ -45,8 +45,9 @@ from agcseg.training.machine import (
     reset_peak_memory,
     settings,
 )
-from agcseg.training.passes import backward, constant_error, loss_figures, shown_images, validate
+from agcseg.training.passes import constant_error, loss_figures, shown_images, validate
 from agcseg.training.state import State, begin
+from agcseg.training.step import make_step
 
 log = logging.getLogger("agcseg")
 
@@ -113,6 +114,10 @@ def run(config: Config, folder: Path) -> dict:
     check(config)
     device = find_device(parallel.join(config.device))
     first, processes = parallel.rank() == 0, parallel.world()
+    if config.graph and device.type == "cpu":
+        raise UserError("graph=true: the CPU has no graphs; use graph=false")
+    if config.graph and processes > 1:
+        raise UserError(f"graph=true: a step that {processes} processes share is not captured; use graph=false")
     if not first:
         log.setLevel(logging.WARNING)
     if config.minibatch % (processes * config.accumulate):
@@ -153,6 +158,7 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     sizes = _go_on_or_start(config, folder, state, about, watched)
     log.info(introduction(config, folder, state, data, device))
     model, trained = _wrapped(state.network, config)
+    train = make_step(config, state, trained, data.weights)
     reset_peak_memory(device)
     reason = ""
     with (
@@ -161,7 +167,7 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     ):
         try:
             while state.epoch < config.epochs:
-                shown = _epoch(config, state, data, model, trained, device, bar)
+                shown = _epoch(config, state, data, model, train, device, bar)
                 if record:
                     _describe_layers(state, state.epoch, watched)
                     reset_peak_memory(device)  # looking at the layers is not training
@@ -179,14 +185,14 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     return result
 
 
-def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -> tuple[Tensor | None, Tensor | None]:
+def _epoch(config, state: State, data: Data, model, train, device, bar: Bar) -> tuple[Tensor | None, Tensor | None]:
     """Train and validate once more, and remember it in `state`.
 
     Returns:
         predictions of the validation images that are shown, and their contours.
     """
     start = time.perf_counter()
-    losses, lambdas, gradient_norm = _steps(config, state, data, trained, device, bar)
+    losses, lambdas, gradient_norm = _steps(config, state, data, train, device, bar)
     trained_at = time.perf_counter()
     model = state.result.eval() if state.average else model
     state.network.eval()
@@ -219,7 +225,7 @@ def _epoch(config, state: State, data: Data, model, trained, device, bar: Bar) -
     return tuple(shown)
 
 
-def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[Tensor, dict[int, Tensor], Tensor]:
     """All steps of an epoch.
 
     Returns:
@@ -230,26 +236,16 @@ def _steps(config, state: State, data: Data, trained, device, bar: Bar) -> tuple
     Raises:
         Diverged: the loss is no longer finite.
     """
-    network, gems, epoch = state.network.train(), state.gems, state.epoch + 1
+    network, epoch = state.network.train(), state.epoch + 1
     losses = torch.empty(state.losses.shape[1:], device=device)
     lambdas, gradient_norm, looked = {}, torch.zeros((), device=device), 0
     order, share = (config.seed, epoch), (parallel.rank(), parallel.world())
     shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share, _augment(config))
-    for step, (images, labels, *contours) in enumerate(shuffled, 1):
-        state.optimizer.zero_grad()
+    for step, minibatch in enumerate(shuffled, 1):
         with contextlib.nullcontext({}) if state.kept_mib else keeping(network) as kept:
-            losses[step - 1] = backward(trained, images, labels, data.weights, config, *contours)
+            losses[step - 1], norm = train(*minibatch)
         state.kept_mib = state.kept_mib or sum(kept.values()) / 2**20
-        if gems:
-            for counts in (*gems.active.values(), *gems.points.values()):
-                parallel.add(counts)
-            gems.scale_gradients()
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         gradient_norm += norm
-        if config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
-        state.optimizer.step()
         if state.average:
             state.average.update_parameters(network)
         if step == len(losses) or (epoch == 1 and step.bit_count() == 1):  # λ moves most at first

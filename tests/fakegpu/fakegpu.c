@@ -286,7 +286,9 @@ RT cudaStreamCreate(cudaStream_t *s) { return stream(s); }
 RT cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return stream(s); }
 RT cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return stream(s); }
 RT cudaStreamGetPriority(cudaStream_t s, int *priority) { *priority = 0; return cudaSuccess; }
-RT cudaStreamSynchronize(cudaStream_t s) { return waited("stream"); }
+RT cudaStreamSynchronize(cudaStream_t s) {
+    return waited("stream") && s == captured_stream ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 RT cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t call, void *data, unsigned flags) { call(s, cudaSuccess, data); return cudaSuccess; }
 RT cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { *e = calloc(1, sizeof(double)); return cudaSuccess; }
 RT cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }

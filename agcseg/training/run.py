@@ -361,6 +361,7 @@ def _wrapped(network: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
     model = torch.compile(network) if config.compile else network
     if parallel.world() == 1:
         return model, model
+    # Compiled inside: called by DDP, the compiler still splits its graphs where buckets end, so that these overlap.
     idle_head = network.contour and config.contour.loss == "class_iou"  # of the contour: it gets no gradient
     return model, nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, find_unused_parameters=idle_head

@@ -225,8 +225,9 @@ def test_a_step_that_waits_is_no_graph():
 @needs_gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_resume_in_another_layout(make, tmp_path, channels_last):
-    run(make(epochs=1, channels_last=channels_last), tmp_path / "run")
-    result = run(make(epochs=2, channels_last=not channels_last), tmp_path / "run")
+    """And with steps as graphs, or without them again."""
+    run(make(epochs=1, channels_last=channels_last, graph=channels_last), tmp_path / "run")
+    result = run(make(epochs=2, channels_last=not channels_last, graph=not channels_last), tmp_path / "run")
     assert result["state"] == "finished" and result["epochs"] == 2
     if not fakegpu.here():
         straight = run(make(epochs=2, channels_last=channels_last), tmp_path / "straight")

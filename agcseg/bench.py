@@ -32,7 +32,7 @@ from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
-from agcseg.training.machine import keeping, out_of_memory, peak_memory, reset_peak_memory, settings
+from agcseg.training.machine import compiled, keeping, out_of_memory, peak_memory, reset_peak_memory, settings
 from agcseg.training.step import EAGER, graphed
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
@@ -103,7 +103,7 @@ class Step:
             images = images.contiguous(memory_format=torch.channels_last)
         self.images = images
         mode = MODES[case.suffix]
-        self.model = torch.compile(self.network, mode=mode) if mode else self.network
+        self.model = compiled(self.network, mode) if mode else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-4, 0.9, fused=True)
         self.take = graphed(self._take, self.optimizer) if case.suffix == "-graph" else self._take
 

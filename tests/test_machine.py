@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from agcseg.errors import UserError
-from agcseg.training.machine import channels_last, find_device, out_of_memory, settings
+from agcseg.nn import ConvUnit
+from agcseg.training.machine import channels_last, compiled, find_device, keeping, out_of_memory, settings
 
 
 def test_the_cpu_has_one_name():
@@ -66,3 +67,10 @@ def test_channels_last(monkeypatch):
     for capability, faster in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert channels_last("auto", cpu) == faster and channels_last(True, cpu) and not channels_last(False, cpu)
+
+
+def test_compiling_keeps_the_maps_and_no_copies_of_filters():
+    network = torch.nn.Sequential(ConvUnit(3, 16), ConvUnit(16, 32), torch.nn.Conv2d(32, 2, 1))
+    with keeping(network) as kept:
+        maps = compiled(network)(torch.randn(1, 3, 16, 16))
+    assert maps.requires_grad and 0 <= sum(kept.values()) - 4 * (3 + 16 + 32) * 16**2 < 1000  # of the means

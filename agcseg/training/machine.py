@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from agcseg.errors import UserError
+from agcseg.nn import ConvUnit
 
 SIGNS_OF_NO_MEMORY = (
     "out of memory",
@@ -144,6 +145,18 @@ def _process_sizes() -> dict[str, float]:
     except OSError:
         return {}
     return {line[0].rstrip(":"): int(line[1]) / 2**10 for line in lines if line[-1] == "kB"}
+
+
+def compiled(network: nn.Module, mode: str = "default") -> nn.Module:
+    """`torch.compile` in one of its modes.
+
+    Of a network of fast units it leaves the layouts as they are: making maps channels-last, as the compiler does for
+    plain convolutions on a CPU, would have it keep a copy of every filter for backward.
+    """
+    options = torch._inductor.list_mode_options(mode)
+    if any(isinstance(module, ConvUnit) and module.is_fast for module in network.modules()):
+        options = {**options, "layout_optimization": False}
+    return torch.compile(network, options=options)
 
 
 @contextlib.contextmanager

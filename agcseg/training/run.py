@@ -37,6 +37,7 @@ from agcseg.training import parallel
 from agcseg.training.lines import Bar, divergence, introduction, progress
 from agcseg.training.machine import (
     added_memory,
+    compiled,
     device_name,
     find_device,
     idle_memory,
@@ -358,7 +359,7 @@ def _measured(config: Config, opened: Opened, device: torch.device) -> Data:
 
 def _wrapped(network: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
     """The network as it is called in validation, and in training."""
-    model = torch.compile(network) if config.compile else network
+    model = compiled(network) if config.compile else network
     if parallel.world() == 1:
         return model, model
     # Compiled inside: called by DDP, the compiler still splits its graphs where buckets end, so that these overlap.

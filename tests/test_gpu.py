@@ -211,14 +211,23 @@ def test_a_step_is_one_graph(make, tmp_path, monkeypatch, values):
 
 @gpu
 @needs_gpu
-def test_a_step_that_waits_is_no_graph():
+def test_a_step_that_is_no_graph():
+    """Because it waits, or because there is no memory for it."""
     parameter = torch.nn.Parameter(torch.ones(1, device=find_device("auto")))
-    train = step_module.graphed(lambda x: (x * parameter.item(),), torch.optim.SGD([parameter]))
-    for _ in range(step_module.EAGER):
-        train(torch.ones(3, device=parameter.device))
-    with pytest.raises(UserError, match="cannot be captured .*; use graph=false"):
-        train(torch.ones(3, device=parameter.device))
-    torch.cuda.synchronize()
+
+    def waiting(x):
+        return (x * parameter.item(),)
+
+    def too_large(x):
+        return (x.new_empty(2**50 if torch.cuda.is_current_stream_capturing() else 1),)
+
+    for step, error in ((waiting, UserError), (too_large, torch.OutOfMemoryError)):
+        train = step_module.graphed(step, torch.optim.SGD([parameter]))
+        for _ in range(step_module.EAGER):
+            train(torch.ones(3, device=parameter.device))
+        with pytest.raises(error, match="cannot be captured .*; use graph=false|out of memory"):
+            train(torch.ones(3, device=parameter.device))
+        torch.cuda.synchronize()
 
 
 @gpu

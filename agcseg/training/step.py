@@ -97,9 +97,10 @@ def capture(call: Callable[[], tuple[Tensor, ...]], optimizer) -> tuple[Callable
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             outputs = call()
     except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        why = str(error.__context__ or error).splitlines()[0]  # the end of a broken capture raises too
+        first = error.__context__ or error  # the end of a broken capture raises too
+        if out_of_memory(first):
+            raise first from None
+        why = str(first).splitlines()[0]
         raise UserError(f"graph=true: a step of this network cannot be captured ({why}); use graph=false") from None
     finally:
         for group in adam:

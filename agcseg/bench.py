@@ -48,6 +48,10 @@ MODES = {
 VARIANTS = tuple(name + mode for name in (*NORMS, *FORMS) for mode in MODES if not (mode and name in TRAINED))
 
 
+SHARES = (0, 0.001, 0.02, 0.04, 0.06, 0.08, 0.11, 0.15)  # of a step's arithmetic to spend again: AGC's `recompute`
+BUDGETS = (1, 0.9, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0)  # torch's activation_memory_budget
+
+
 @dataclass(frozen=True)
 class Case:
     """One training step to measure, or with `inference` one forward pass. `variant` is one of VARIANTS: a norm, a form
@@ -81,10 +85,12 @@ class Step:
     """A network with its optimiser and one fixed minibatch of noise; calling it is one training step, or with
     `case.inference` one forward pass in eval mode."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, **options) -> None:
+        """`options` of the network are beside those that follow from the case."""
         self.case, self.device = case, torch.device(case.device)
         torch.manual_seed(0)
-        options = {"norm_options": {"background": case.form}} if case.form in BACKGROUNDS else {}
+        if case.form in BACKGROUNDS:
+            options["norm_options"] = {"background": case.form}
         if case.form == "literal":
             options["implementation"] = case.form
         self.network = build(case.network, norm=case.norm, num_classes=case.num_classes, width=case.width, **options)
@@ -156,14 +162,68 @@ def memory_and_work(step: Step, steps: int = 2) -> dict:
     step.optimizer.zero_grad()  # gradients in the memory of a CUDA graph end with its next run
     result["kept_mib"] = kept_for_backward(step) / 2**20
     result["parameters"] = sum(p.numel() for p in step.network.parameters())
-    compiled, step.model = step.model, step.network  # torch counts what runs eagerly
+    own, step.model = step.model, step.network  # torch counts what runs eagerly
     step.optimizer.zero_grad()
-    with FlopCounterMode(display=False) as counter:
-        step.loss().backward()
+    result["gflop"] = _gflop(step.loss)
     step.optimizer.zero_grad()
-    step.model = compiled
-    result["gflop"] = counter.get_total_flops() / 1e9
+    step.model = own
     return result
+
+
+def _gflop(loss: Callable[[], torch.Tensor]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops() / 1e9
+
+
+def frontier(case: Case) -> Iterator[dict]:
+    """What a step keeps for backward and what it computes, the less memory it may have.
+
+    Yields:
+        budget, kept_mib and gflop: of a compiled variant at the memory budgets of torch's compiler (BUDGETS), which
+        cuts the step into forward and backward and computes again what it does not keep; the two then run as they are,
+        so that torch can count. Of AGC by itself at the budgets of `recompute` (SHARES), of others once.
+    """
+    if MODES[case.suffix]:
+        for budget in BUDGETS:
+            torch._dynamo.reset()
+            step, work = Step(case), []
+            with torch._functorch.config.patch(activation_memory_budget=budget):
+                step.model = torch.compile(step.network, backend=_counted(work))
+                kept = kept_for_backward(step) / 2**20
+                work.clear()
+                step.loss().backward()
+            yield {"budget": budget, "kept_mib": kept, "gflop": sum(work) / 1e9}
+        return
+    for share in SHARES if case.variant == "agc" else [None]:
+        step = Step(case, **({} if share is None else {"recompute": share}))
+        yield {"budget": share, "kept_mib": kept_for_backward(step) / 2**20, "gflop": _gflop(step.loss)}
+
+
+def _counted(work: list[int]) -> Callable:
+    """A backend for torch.compile: the graphs of forward and backward as Inductor gets them, run as they are; adds to
+    `work` the operations of each as often as it runs."""
+    import torch._inductor.lowering  # noqa: F401, its decompositions need it
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def counted(graph, _):
+        def run(*arguments):
+            with FlopCounterMode(display=False) as counter:
+                result = graph(*arguments)
+            work.append(counter.get_total_flops())
+            return result
+
+        return make_boxed_func(run)
+
+    return aot_autograd(
+        fw_compiler=counted,
+        bw_compiler=counted,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
 
 
 def _used(device: torch.device) -> float:
@@ -251,9 +311,11 @@ def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
             while True:
                 answer = process.stdout.readline()
                 if not answer:
+                    if process.wait() == 0:
+                        return
                     errors.seek(0)
                     last = errors.read().strip().splitlines()[-1:] or ["it wrote nothing"]
-                    raise Failed(f"exit code {process.wait()}: {last[0]}")
+                    raise Failed(f"exit code {process.returncode}: {last[0]}")
                 answer = json.loads(answer)
                 if "failed" in answer:
                     raise Failed(answer["failed"])
@@ -274,7 +336,8 @@ def _serve(order: dict) -> None:
     case = Case(**{**order["case"], "size": tuple(order["case"]["size"])})
     try:
         with settings(case.precision):  # those of a run
-            for answer in {"course": course, "fitting": fitting}[order["what"]](case, *order["arguments"]):
+            measured = {"course": course, "fitting": fitting, "frontier": frontier}[order["what"]]
+            for answer in measured(case, *order["arguments"]):
                 print(json.dumps(answer), file=answers, flush=True)
                 if not sys.stdin.readline():
                     return
@@ -300,6 +363,26 @@ def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
     each = (three["peak_mib"] - one["peak_mib"]) / 2
     fixed = one["peak_mib"] - each + 4 * one["parameters"] / 2**20  # gradients and momentum; the weights themselves
     return max(0, int((budget / 2**20 - fixed) / each)), "from the peaks at minibatch 1 and 3"
+
+
+def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+    """`frontier` of all cases, each in a process of its own; a row for each budget, with "kept_to_bn" and "extra_flop",
+    the share of its arithmetic that is added, against the case of the same network and precision that is plain BN."""
+    rows, plain = [], {}
+    for case in cases:
+        named = {"network": case.network, "variant": case.variant, "minibatch": case.minibatch}
+        named["precision"] = case.precision
+        try:
+            with contextlib.closing(_in_a_process("frontier", case)) as answers:
+                for answer in answers:
+                    bn = plain.setdefault((case.network, case.minibatch, case.precision), answer)
+                    answer["kept_to_bn"] = answer["kept_mib"] / bn["kept_mib"]
+                    answer["extra_flop"] = answer["gflop"] / bn["gflop"] - 1
+                    rows.append(named | answer)
+                    keep(rows)
+        except Failed as failed:
+            rows.append(named | {"failed": str(failed)})
+    return rows
 
 
 def _first(case: Case) -> dict:

@@ -11,13 +11,13 @@ from agcseg.record.files import write
 
 COLUMNS = (  # key, heading, format
     ("network", "network", ""), ("variant", "variant", ""), ("minibatch", "minibatch", ""),
-    ("precision", "precision", ""),
+    ("precision", "precision", ""), ("budget", "budget", ""),
     ("step_ms", "step ms", ".1f"), ("time_to_bn", "time/bn", ".3f"), ("time_to_none", "time/none", ".3f"),
     ("time_to_bn-folded", "time/bn-folded", ".3f"),
     ("host_ms", "host ms", ".1f"), ("launches", "launches", ".0f"), ("waits", "waits", ".0f"),
     ("images_per_second", "images/s", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("kept_to_bn", "kept/bn", ".3f"),
     ("peak_mib", "peak MiB", ".0f"), ("peak_to_bn", "peak/bn", ".3f"), ("parameters", "parameters", ","),
-    ("gflop", "GFLOP", ".1f"), ("tflop_per_second", "TFLOP/s", ".2f"),
+    ("gflop", "GFLOP", ".1f"), ("extra_flop", "extra FLOP", "+.2%"), ("tflop_per_second", "TFLOP/s", ".2f"),
     ("largest", "largest minibatch", ""), ("how", "found", ""), ("failed", "failed", ""),
 )  # fmt: skip
 
@@ -33,9 +33,12 @@ def write_results(
     writer.writerows(rows)
     write(folder / f"{name}.csv", text.getvalue())
     write(folder / f"{name}.md", f"{where}\n\n{markdown(rows)}\n" + "".join(f"\n{note}\n" for note in notes))
-    if pictures and any("step_ms" in row for row in rows):
+    draw = next(
+        (draw for key, draw in (("step_ms", _bars), ("extra_flop", _frontier)) if any(key in r for r in rows)), None
+    )
+    if pictures and draw:
         picture = io.BytesIO()
-        _bars([row for row in rows if "failed" not in row], where).savefig(picture, format="png", dpi=110)
+        draw([row for row in rows if "failed" not in row], where).savefig(picture, format="png", dpi=110)
         write(folder / f"{name}.png", picture.getvalue())
 
 
@@ -106,5 +109,28 @@ def _bars(rows: list[dict], where: str) -> Figure:
         axes.set_yticks(range(len(rows)), names, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
+    figure.suptitle(where, fontsize=8)
+    return figure
+
+
+def _frontier(rows: list[dict], where: str) -> Figure:
+    """Bytes kept against arithmetic added: a panel per network, minibatch and precision, a line per variant."""
+    groups: dict[tuple, dict[str, list]] = {}
+    for row in rows:
+        lines = groups.setdefault((row["network"], row["minibatch"], row["precision"]), {})
+        lines.setdefault(row["variant"], []).append((100 * row["extra_flop"], row["kept_to_bn"]))
+    figure = Figure(figsize=(5.6 * len(groups), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, ((network, minibatch, precision), lines) in zip(panels, groups.items(), strict=True):
+        for number, (variant, points) in enumerate(lines.items()):
+            best = [(x, y) for x, y in sorted(points) if all(y <= other for at, other in points if at <= x)]
+            axes.plot(*zip(*best, strict=True), "o-", markersize=4, color=f"C{number}", label=variant)
+        axes.set_title(f"{network}, minibatch {minibatch}, {precision}", fontsize=10)
+        axes.set_xlabel("arithmetic of a step, % more than batch normalisation's", fontsize=9)
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("kept for backward ÷ batch normalisation", fontsize=9)
+    panels[-1].legend(frameon=False, fontsize=9)
     figure.suptitle(where, fontsize=8)
     return figure

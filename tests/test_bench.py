@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import agcseg.bench
@@ -15,11 +16,13 @@ from agcseg import ConvUnit
 from agcseg.bench import (
     FOLDED,
     MODES,
+    SHARES,
     VARIANTS,
     Case,
     Step,
     course,
     fitting,
+    frontier,
     kept_for_backward,
     largest_minibatch,
     table,
@@ -240,7 +243,7 @@ def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
         (["--variants", "bn,bn-folded"], "--variants bn-folded: cannot be trained; measure them with --inference"),
         (["--variants", "agc-gems-compiled"], "agc-gems-compiled is not known"),
         (["--variants", "bn,agc-gems", "--inference"], "--variants agc-gems: act in training alone"),
-        (["--inference", "--data"], "leave --budget and --data out"),
+        (["--inference", "--data"], "leave --budget, --data and --frontier out"),
         (["--budget", "12"], "give a number with GiB"),
         (["--device", "cuda:9"], "device=cuda:9: cannot be used here"),
     ],
@@ -251,3 +254,25 @@ def test_mistakes(arguments, message, capsys):
     except SystemExit as ended:
         code = ended.code
     assert code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_less_memory_costs_arithmetic(monkeypatch):
+    monkeypatch.setattr(agcseg.bench, "BUDGETS", (1, 0.3))
+    (plain,) = frontier(case())
+    kept, cut = frontier(case("bn-compiled"))
+    assert kept["gflop"] == plain["gflop"] < cut["gflop"] and cut["kept_mib"] < 0.7 * kept["kept_mib"]
+    step = Step(case("agc"))
+    stem = 2 * 32 * 64 * step.network.encoder[0][0].conv.weight.numel() / 1e9  # is computed again in backward
+    unit, _ = frontier(case("agc-compiled"))  # counted by the operations' formulas
+    assert unit["gflop"] - plain["gflop"] == pytest.approx(stem) and unit["kept_mib"] < 0.5 * plain["kept_mib"]
+
+
+def test_frontier_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(agcseg.bench, "_in_a_process", lambda what, case: frontier(case))
+    arguments = ["--frontier", "--variants", "agc", "--width", "0.05", "--size", "32x64", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    lines = (tmp_path / "frontier.csv").read_text().splitlines()
+    assert len(lines) == 2 + len(SHARES) and lines[1].startswith("segnet,bn,1,fp32,,") and ",1.0,0.0" in lines[1]
+    with Image.open(tmp_path / "frontier.png") as picture:
+        assert picture.width > 400

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, Failed, delivery, largest_minibatch, table
+from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, Failed, delivery, frontier_table, largest_minibatch, table
 from agcseg.bench_tables import markdown, plain, read_results, write_results
 from agcseg.errors import UserError
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
 from agcseg.training.machine import device_name, find_device
 
+FRONTIER = ["bn", "bn-compiled", "none-compiled", "agc-compiled", "agc"]
 EPILOG = (
     """\
 examples:
@@ -22,6 +23,7 @@ examples:
   agcseg-bench --variants bn,agc,none                   the full SegNet at 256x512
   agcseg-bench --budget 12GiB --variants bn,agc         the largest minibatch that fits, the paper's comparison
   agcseg-bench --inference                              forward alone, with the norms folded into the convolutions
+  agcseg-bench --frontier                               what is kept for backward, against what is computed again for it
   agcseg-bench --data                                   images/s that the cache delivers, and its share of a step
   agcseg-bench --device cuda --precision bf16 --channels-last --minibatch 1,8 --variants bn-compiled,agc-compiled
 
@@ -37,6 +39,12 @@ batch normalisation or none, round by round, with its extremes; kept = MiB that 
 above the idle network and its data, gradients and momentum included; on CUDA also the host's milliseconds until it has
 asked for all of a step, its launches of kernels and its waits for the device. A case that fails is a row that says why;
 the others go on, and the exit code is 1
+
+--frontier counts bytes and operations, and takes no times: a row for each budget, of AGC's network.options.recompute
+and, for compiled variants, of torch's activation_memory_budget; kept/bn and extra FLOP are to batch normalisation as it
+is; frontier.csv, frontier.md and frontier.png into --out. Default variants: """
+    + ", ".join(FRONTIER)
+    + """
 
 written into the folder of --out while it measures: bench.csv, bench.md; at the end bench.png
 """
@@ -71,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--inference", action="store_true", help="forward only, in eval mode; times only, and other default variants")
     add("--no-memory", action="store_true", help="times only")
     add("--budget", type=_bytes, help="find the largest minibatch within so much memory, such as 12GiB, instead")
+    add(
+        "--frontier",
+        action="store_true",
+        help="memory kept against arithmetic spent again, see below, instead of times",
+    )
     add("--data", action="store_true", help="also measure what the cache delivers")
     add(
         "--show", type=Path, nargs="+", metavar="FOLDER", help="measure nothing: one table and picture of these folders"
@@ -94,15 +107,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     multiple = max(NETWORKS[name].multiple for name in arguments.network)
     if any(side % multiple for side in arguments.size):
         raise UserError(f"--size {arguments.size[0]}x{arguments.size[1]}: must be multiples of {multiple}")
-    variants = arguments.variants or (INFERENCE if arguments.inference else ["bn", "agc", "none"])
+    variants = arguments.variants or (
+        INFERENCE if arguments.inference else FRONTIER if arguments.frontier else ["bn", "agc", "none"]
+    )
+    if arguments.frontier and variants[0] != "bn":  # what all are compared with
+        variants = ["bn", *variants]
     folded = [variant for variant in variants if variant.startswith(FOLDED)]
     if folded and not arguments.inference:
         raise UserError(f"--variants {','.join(folded)}: cannot be trained; measure them with --inference")
     trained = [variant for variant in variants if variant in TRAINED]
     if trained and arguments.inference:
         raise UserError(f"--variants {','.join(trained)}: act in training alone; measure them without --inference")
-    if arguments.inference and (arguments.budget or arguments.data):
-        raise UserError("--inference measures forward passes: leave --budget and --data out")
+    if arguments.inference and (arguments.budget or arguments.data or arguments.frontier):
+        raise UserError("--inference measures forward passes: leave --budget, --data and --frontier out")
     cases = [
         Case(
             network,
@@ -129,6 +146,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(where, flush=True)
     if arguments.budget:
         return _budget(cases, arguments, where)
+    if arguments.frontier:
+        rows = frontier_table(cases, lambda rows: write_results(arguments.out, rows, where, name="frontier"))
+        print(f"{plain(rows)}\nwrote frontier.csv, frontier.md and frontier.png into {arguments.out}")
+        return int(any("failed" in row for row in rows))
     memory = not (arguments.no_memory or arguments.inference)
     rows = table(
         cases, arguments.rounds, memory, _say, lambda rows: write_results(arguments.out, rows, where, pictures=False)

@@ -4,6 +4,7 @@ Nothing sees through an operation: `torch.compile`, which would keep the maps th
 them in forward too, runs it as it runs eagerly, and fake tensors have its shapes.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache, reduce
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from agcseg.nn import passes
 from agcseg.nn.passes import CACHED
@@ -253,3 +255,26 @@ OPERATIONS.impl("unit", _forward, "CompositeExplicitAutograd")
 OPERATIONS.impl("unit_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("agcseg::unit", _fake_forward, lib=OPERATIONS)
 torch.library.register_fake("agcseg::unit_backward", _fake_backward, lib=OPERATIONS)
+
+
+@register_flop_formula(torch.ops.agcseg.unit)
+def _work_forward(inputs, unpool, parameters, stem, geometry, pool, out_shape=None, **_) -> int:
+    """Of the convolutions, two per multiplication and addition; from shapes. Without it torch counts a unit as free."""
+    return sum(_work(out_shape[0], pool, own) for own in (parameters, stem) if own)
+
+
+@register_flop_formula(torch.ops.agcseg.unit_backward)
+def _work_backward(
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, **_
+) -> int:
+    """Twice the forward's, a gradient of filters and one of inputs, where needed; and what is rebuilt of the stem."""
+    own, pool = [needs[0] or needs[1], any(needs[4:])], winners is not None
+    work = sum(own) * _work(output, pool, parameters)
+    if stem and own[0]:
+        work += (1 + (needs[4] or needs[5]) + any(needs[8:])) * _work(output, pool, stem)
+    return work
+
+
+def _work(output, pool: bool, parameters) -> int:
+    """Of one convolution; its output is (N, K, H, W), halved by pooling."""
+    return 2 * output[0] * output[2] * output[3] * (4 if pool else 1) * math.prod(parameters[0])

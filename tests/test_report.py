@@ -168,7 +168,8 @@ def test_nothing_to_report(tmp_path, folder, capsys):
     for path, says in ((tmp_path, "no run to report"), (tmp_path / "typo", "no folder"), (folder / "bn_4", "parent")):
         with pytest.raises(UserError, match=says):
             read_runs(path)
-        assert main([str(path)]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            main([str(path)])
         out, err = capsys.readouterr()
         assert not out and err.startswith("agcseg-report: error: ") and err.count("\n") == 1
         assert "agcseg-train -m experiment=demo" in err or says == "parent"
@@ -428,7 +429,8 @@ def test_margin_of_the_program(tmp_path, capsys):
     assert "| within ±2 |" in (folder / "report.md").read_text()
     before = (folder / "report.md").read_bytes()
     capsys.readouterr()
-    assert main([str(folder), "--margin", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), "--margin", "0"])
     out, err = capsys.readouterr()
     assert not out and err.startswith("agcseg-report: error: margin 0: must be positive") and err.count("\n") == 1
     assert (folder / "report.md").read_bytes() == before

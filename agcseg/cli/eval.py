@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run, show, stopped
+from agcseg.cli import parse_run, program, show
 from agcseg.config import DataConfig
 from agcseg.data import NAMES, find_data, find_samples
 from agcseg.data.layout import Layout, Sample
@@ -74,6 +74,7 @@ exit code: 0 all is well, 2 the command, the run or the data cannot be used
 """
 
 
+@program("agcseg-eval")
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-eval; returns the exit code."""
     try:
@@ -111,14 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         confusion_figure(figures["confusion"], layout.classes.names, title).savefig(picture, format="png", dpi=110)
         write(Path(f"{base}.png"), picture.getvalue())
         write_json(Path(f"{base}.json"), {**what, **size, **figures})
-    except (UserError, OSError) as error:
-        fail("agcseg-eval", error)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fail("agcseg-eval", UserError("out of memory; try a smaller minibatch="))
-    except KeyboardInterrupt:
-        stopped("agcseg-eval")
+        raise UserError("out of memory; try a smaller minibatch=") from None
     show(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
     if note:
         show(note)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import agcseg
-from agcseg.cli import fail, parse_run, show, stopped
+from agcseg.cli import parse_run, program, show
 from agcseg.errors import UserError
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
 from agcseg.record.files import write
@@ -40,34 +40,30 @@ command or the run is wrong
 """
 
 
+@program("agcseg-export")
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-export; returns the exit code."""
-    try:
-        run, keys = parse_run("agcseg-export", KEYS, "A trained network as a file for inference.", EPILOG, argv)
-        format = keys["format"]
-        check_format(format)
-        trained = agcseg.load(run, keys["checkpoint"])
-        output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
-        if output.suffix != FORMATS[format]:
-            raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
-        there = next(folder for folder in output.absolute().parents if folder.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):  # asked first: exporting takes its time
-            raise UserError(f"output={output}: {there} cannot be written; give another file")
-        content = export(trained, format)
-        found = differences(trained, content, format)
-        for shape, largest, beyond in found:
-            images = "x".join(map(str, shape))
-            show(f"{images}: differs by at most {largest:.1e} of the largest logit{_share(beyond)}")
-        if any(beyond > UNDECIDED for _, _, beyond in found):
-            complaint = f"{output}: not written, for it does not say what {trained.path} says"
-            print(f"agcseg-export: error: {complaint}", file=sys.stderr)
-            return 1
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write(output, content)
-    except (UserError, OSError) as error:
-        fail("agcseg-export", error)
-    except KeyboardInterrupt:
-        stopped("agcseg-export")
+    run, keys = parse_run("agcseg-export", KEYS, "A trained network as a file for inference.", EPILOG, argv)
+    format = keys["format"]
+    check_format(format)
+    trained = agcseg.load(run, keys["checkpoint"])
+    output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
+    if output.suffix != FORMATS[format]:
+        raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # asked first: exporting takes its time
+        raise UserError(f"output={output}: {there} cannot be written; give another file")
+    content = export(trained, format)
+    found = differences(trained, content, format)
+    for shape, largest, beyond in found:
+        images = "x".join(map(str, shape))
+        show(f"{images}: differs by at most {largest:.1e} of the largest logit{_share(beyond)}")
+    if any(beyond > UNDECIDED for _, _, beyond in found):
+        complaint = f"{output}: not written, for it does not say what {trained.path} says"
+        print(f"agcseg-export: error: {complaint}", file=sys.stderr)
+        return 1
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write(output, content)
     show(f"wrote {output} ({len(content) / 2**20:.1f} MiB)")
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import agcseg
-from agcseg.cli import fail, parse_run, show, stopped
+from agcseg.cli import parse_run, program, show
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError, by_cause
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
@@ -53,6 +53,7 @@ exit code: 0 all is well, 1 some pictures could not be used (the others are done
 """
 
 
+@program("agcseg-predict")
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-predict; returns the exit code."""
     bad: list[UserError] = []
@@ -89,14 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         done = len(images) - len(bad)
         if keys["submission"]:
             bad += map(UserError, check_submission(output, written))
-    except (UserError, OSError) as error:
-        fail("agcseg-predict", error)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fail("agcseg-predict", UserError("out of memory; try a smaller minibatch="))
-    except KeyboardInterrupt:
-        stopped("agcseg-predict")
+        raise UserError("out of memory; try a smaller minibatch=") from None
     for line in by_cause(bad):
         print(f"agcseg-predict: {line}", file=sys.stderr)
     show(f"{done} of {len(images)} pictures predicted, in {output}")

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from agcseg.errors import UserError
+from agcseg.cli import program, show
 from agcseg.report import MARGIN, by_setting, headline, read_folders, reference_of, settings_table, write_report
 
 EPILOG = """\
@@ -36,6 +36,7 @@ exit code: 0 all is well, 1 some files are broken (the other runs are reported),
 """
 
 
+@program("agcseg-report")
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-report; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -63,29 +64,26 @@ def main(argv: list[str] | None = None) -> int:
     folders = [Path(folder) for folder in dict.fromkeys(arguments.folders)]
     joined = folders[0].resolve().parent / "+".join(folder.resolve().name for folder in folders)
     out = Path(arguments.out) if arguments.out else folders[0] if len(folders) == 1 else joined
-    try:
-        runs, broken, notes = read_folders(*folders)
-        paths, answers = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
-        groups, _ = by_setting(runs)
-        reference = reference_of(groups, arguments.reference)
-    except (UserError, OSError) as error:
-        print(f"agcseg-report: error: {error}", file=sys.stderr)
-        return 2
+    runs, broken, notes = read_folders(*folders)
+    paths, answers = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
+    groups, _ = by_setting(runs)
+    reference = reference_of(groups, arguments.reference)
 
     states = Counter(run.state for run in runs)
-    print(f"{' '.join(map(str, folders))}: " + ", ".join(f"{number} {state}" for state, number in states.items()))
-    print(f"{headline(runs, groups, any(path.name == 'figure1.png' for path in paths))}\n")
-    print(settings_table(groups, reference).to_string(index=False).replace("**", "") + "\n")
+    show(f"{' '.join(map(str, folders))}: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    show(f"{headline(runs, groups, any(path.name == 'figure1.png' for path in paths))}\n")
+    show(settings_table(groups, reference).to_string(index=False).replace("**", "") + "\n")
     for answer in answers:
-        print(f"claim {answer.number}: {answer.claim}: {answer.answer}")
-    print("\n" * bool(answers), end="")
+        show(f"claim {answer.number}: {answer.claim}: {answer.answer}")
+    if answers:
+        show("")
     for note in [*(f"{run.name} diverged: {run.reason}" for run in runs if run.reason), *notes]:
-        print(f"note: {note}")
+        show(f"note: {note}")
     for line in broken:
         print(f"agcseg-report: broken: {line}", file=sys.stderr)
     for path in paths:
-        print(f"wrote {path}")
-    print(f"tensorboard --logdir {shlex.quote(str(folders[0]))}")
+        show(f"wrote {path}")
+    show(f"tensorboard --logdir {shlex.quote(str(folders[0]))}")
     return 1 if broken else 0
 
 

@@ -123,11 +123,16 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
 
 
 def varying(runs: list[Run]) -> list[str]:
-    """The keys of `describe` in which runs differ; options of a norm or a network are compared among its runs only."""
+    """The keys of `describe` in which runs differ; options of a norm or a network are compared among its runs only,
+    parts of an augmentation among its."""
 
     def differs(key: str) -> bool:
         owner = key.partition(":")[0] if ":" in key else ""
-        return len({run.words.get(key) for run in runs if not owner or owner in (run.norm, run.network)}) > 1
+        of = [run for run in runs if not owner or owner in (run.norm, run.network)]
+        apart = len({(run.words["augment"], run.words.get(key)) for run in of}) - len(
+            {run.words["augment"] for run in of}
+        )
+        return apart > 0 if key.startswith("augment.") else len({run.words.get(key) for run in of}) > 1
 
     return [key for key in dict.fromkeys(key for run in runs for key in run.words) if differs(key)]
 

@@ -180,11 +180,15 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["gems"] = f"GEMS {mode}{details}" if mode else "no GEMS"
     weights = rest.pop("init_from", None)
     words["init_from"] = f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch"
+    augment = rest.pop("augment.name")
+    words["augment"] = "no augmentation" if augment == "none" else f"augmentation {augment}"
     words["processes"] = f"{processes} processes"
     for key, value in rest.items():
         owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")
         word = key.rpartition(".")[2].replace("_", " ")
-        words[owner + key] = "no " * (not value) + word if isinstance(value, bool) else f"{word} {value}"
+        words[owner + key] = (
+            "no " * (not value) + word if value is None or isinstance(value, bool) else f"{word} {value}"
+        )
     return words
 
 

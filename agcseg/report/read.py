@@ -184,7 +184,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     words["augment"] = "no augmentation" if augment == "none" else f"augmentation {augment}"
     words["processes"] = f"{processes} processes"
     for key, value in rest.items():
-        owner = {"norm.options": f"{norm}:", "network.options": f"{network}:"}.get(key.rpartition(".")[0], "")
+        owners = {"norm.options": f"{norm}:", "network.options": f"{network}:", "network": f"{network}:"}
+        owner = owners.get(key.rpartition(".")[0], "")
         word = key.rpartition(".")[2].replace("_", " ")
         words[owner + key] = (
             "no " * (not value) + word if value is None or isinstance(value, bool) else f"{word} {value}"

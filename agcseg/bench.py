@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from agcseg.config import DataConfig
 from agcseg.data import open_data
@@ -33,6 +33,7 @@ from agcseg.networks import build
 from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
+from agcseg.nn.unit import backward_work, forward_work
 from agcseg.training.machine import compiled, keeping, out_of_memory, peak_memory, reset_peak_memory, settings
 from agcseg.training.step import EAGER, graphed
 
@@ -49,6 +50,8 @@ MODES = {
 VARIANTS = tuple(name + mode for name in (*NORMS, *FORMS) for mode in MODES if not (mode and name in TRAINED))
 
 
+register_flop_formula(torch.ops.agcseg.unit)(forward_work)  # without these torch counts a unit as free
+register_flop_formula(torch.ops.agcseg.unit_backward)(backward_work)
 SHARES = (0, 0.001, 0.02, 0.04, 0.06, 0.08, 0.11, 0.15)  # of a step's arithmetic to spend again: AGC's `recompute`
 BUDGETS = (1, 0.9, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0)  # torch's activation_memory_budget
 

@@ -24,6 +24,7 @@ import agcseg.record.folder
 import agcseg.record.record
 import agcseg.training.passes
 import agcseg.training.run
+import agcseg.training.step
 from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
@@ -216,13 +217,13 @@ def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, mo
 
 
 def test_noise_leaves_images_and_initial_weights_as_they_are(tiny, tmp_path, monkeypatch):
-    original, seen = agcseg.training.run.backward, []
+    original, seen = agcseg.training.step.backward, []
 
     def watched(model, images, *arguments):
         seen.append((images.sum().item(), model.encoder[0][0].conv.weight.sum().item(), model.training))
         return original(model, images, *arguments)
 
-    monkeypatch.setattr(agcseg.training.run, "backward", watched)
+    monkeypatch.setattr(agcseg.training.step, "backward", watched)
     for name, noise in (("plain", NoiseConfig()), ("noisy", NoiseConfig(0.1, 0.1))):
         run(tiny(noise=noise), tmp_path / name)
     plain, noisy = seen[: len(seen) // 2], seen[len(seen) // 2 :]
@@ -552,7 +553,7 @@ def test_accumulation_gives_the_same_gradient(tiny, accumulate):
     class_weights, gradients = torch.rand(19).double(), []
     for parts in (1, accumulate):
         network.zero_grad()
-        loss = agcseg.training.run.backward(network, images, labels, class_weights, tiny(accumulate=parts))
+        loss = agcseg.training.step.backward(network, images, labels, class_weights, tiny(accumulate=parts))
         gradients.append([loss, *(p.grad for p in network.parameters())])
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 1e-6 * a.norm()

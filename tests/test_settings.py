@@ -297,7 +297,8 @@ def test_program_compares_settings(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0 and "claim 1: AGC equals" in capsys.readouterr().out
     assert "| setting − AGC | n |" in (tmp_path / "report.md").read_text()
     (tmp_path / "report.md").write_bytes(before)
-    assert main([str(tmp_path), "--reference", "agc, gmes"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--reference", "agc, gmes"])
     out, err = capsys.readouterr()
     assert not out and err.startswith("agcseg-report: error: no setting is named 'agc, gmes'; choose from: BN; AGC; ")
     assert (tmp_path / "report.md").read_bytes() == before

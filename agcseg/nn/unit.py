@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from agcseg.nn import passes
 from agcseg.nn.passes import CACHED
@@ -257,14 +256,13 @@ torch.library.register_fake("agcseg::unit", _fake_forward, lib=OPERATIONS)
 torch.library.register_fake("agcseg::unit_backward", _fake_backward, lib=OPERATIONS)
 
 
-@register_flop_formula(torch.ops.agcseg.unit)
-def _work_forward(inputs, unpool, parameters, stem, geometry, pool, out_shape=None, **_) -> int:
-    """Of the convolutions, two per multiplication and addition; from shapes. Without it torch counts a unit as free."""
+def forward_work(inputs, unpool, parameters, stem, geometry, pool, out_shape=None, **_) -> int:
+    """Of the convolutions, two per multiplication and addition; from shapes. For torch.utils.flop_counter, whose import
+    takes more than torch's own."""
     return sum(_work(out_shape[0], pool, own) for own in (parameters, stem) if own)
 
 
-@register_flop_formula(torch.ops.agcseg.unit_backward)
-def _work_backward(
+def backward_work(
     grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, **_
 ) -> int:
     """Twice the forward's, a gradient of filters and one of inputs, where needed; and what is rebuilt of the stem."""

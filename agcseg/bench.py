@@ -115,7 +115,8 @@ class Step:
         mode = MODES[case.suffix]
         self.model = compiled(self.network, mode) if mode else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-4, 0.9, fused=True)
-        self.take = graphed(self._take, self.optimizer) if case.suffix == "-graph" else self._take
+        # None of itself otherwise: what holds itself is freed late, and counts in the next step's memory
+        self.graph = graphed(self._take, self.optimizer) if case.suffix == "-graph" else None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16")
@@ -126,7 +127,7 @@ class Step:
         return sum(part.mean() for part in image_losses(outputs, self.labels, contours=self.contours))
 
     def __call__(self) -> None:
-        self.take()
+        (self.graph or self._take)()
 
     def _take(self) -> None:
         if self.case.inference:

@@ -4,6 +4,7 @@ Tests marked gpu skip themselves without a GPU. `test_on_the_fake_gpu` runs them
 """
 
 import csv
+import gc
 import json
 import re
 import subprocess
@@ -335,6 +336,7 @@ def step(variant, **values):
 
 def cost(variant, deterministic=False, **values):
     """Launches and waits of a step once it is warm, MiB kept for backward and the peak above what was there before."""
+    gc.collect()  # what tests before this one left
     with settings("bf16", deterministic):
         made = step(variant, **values)
         for _ in range(2):

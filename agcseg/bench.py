@@ -14,10 +14,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,9 @@ class Step:
             options["norm_options"] = {"background": case.form}
         if case.form == "literal":
             options["implementation"] = case.form
-        self.network = build(case.network, norm=case.norm, num_classes=case.num_classes, width=case.width, **options)
+        self.network: torch.nn.Module = build(
+            case.network, norm=case.norm, num_classes=case.num_classes, width=case.width, **options
+        )
         self.network.to(self.device).train(not case.inference)
         if case.form == "noise":
             add_noise(self.network, 0.1, 0.1, seed=0)
@@ -124,7 +127,8 @@ class Step:
     def loss(self) -> torch.Tensor:
         with self.autocast():
             outputs = self.model(self.images)
-        return sum(part.mean() for part in image_losses(outputs, self.labels, contours=self.contours))
+        parts = image_losses(outputs, self.labels, contours=self.contours)
+        return sum(part.mean() for part in parts)  # type: ignore[return-value]  # there is at least one
 
     def __call__(self) -> None:
         (self.graph or self._take)()
@@ -193,7 +197,7 @@ def _gflop(loss: Callable[[], torch.Tensor]) -> float:
     return operations.total / 1e9
 
 
-def frontier(case: Case) -> Iterator[dict]:
+def frontier(case: Case) -> Generator[dict, None, None]:
     """What a step keeps for backward and what it computes, the less memory it may have.
 
     Yields:
@@ -204,7 +208,8 @@ def frontier(case: Case) -> Iterator[dict]:
     if MODES[case.suffix]:
         for budget in BUDGETS:
             torch._dynamo.reset()
-            step, work = Step(case), []
+            step: Any = Step(case)
+            work: list[int] = []
             with torch._functorch.config.patch(activation_memory_budget=budget):
                 step.model = torch.compile(step.network, backend=_counted(work))
                 kept = kept_for_backward(step) / 2**20
@@ -249,7 +254,7 @@ def _used(device: torch.device) -> float:
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
 
 
-def course(case: Case, memory: bool = True) -> Iterator[dict]:
+def course(case: Case, memory: bool = True) -> Generator[dict, None, None]:
     """All that is measured of one case, bit by bit.
 
     Yields:
@@ -312,7 +317,7 @@ def _failure(error: BaseException) -> str:
     )
 
 
-def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
+def _in_a_process(what: str, case: Case, *arguments) -> Generator[dict, None, None]:
     """What the generator of that name, called in a process of its own, yields.
 
     Raises:
@@ -324,6 +329,7 @@ def _in_a_process(what: str, case: Case, *arguments) -> Iterator[dict]:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
         )
+        assert process.stdin and process.stdout
         try:
             while True:
                 answer = process.stdout.readline()
@@ -353,8 +359,8 @@ def _serve(order: dict) -> None:
     case = Case(**{**order["case"], "size": tuple(order["case"]["size"])})
     try:
         with settings(case.precision):  # those of a run
-            measured = {"course": course, "fitting": fitting, "frontier": frontier}[order["what"]]
-            for answer in measured(case, *order["arguments"]):
+            measured: dict[str, Callable] = {"course": course, "fitting": fitting, "frontier": frontier}
+            for answer in measured[order["what"]](case, *order["arguments"]):
                 print(json.dumps(answer), file=answers, flush=True)
                 if not sys.stdin.readline():
                     return
@@ -385,7 +391,8 @@ def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
 def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
     """`frontier` of all cases, each in a process of its own; a row for each budget, with "kept_to_bn" and "extra_flop",
     the share of its arithmetic that is added, against the case of the same network and precision that is plain BN."""
-    rows, plain = [], {}
+    rows: list[dict] = []
+    plain: dict[tuple, dict] = {}
     for case in cases:
         named = {"network": case.network, "variant": case.variant, "minibatch": case.minibatch}
         named["precision"] = case.precision
@@ -407,7 +414,7 @@ def _first(case: Case) -> dict:
         return next(answers)
 
 
-def fitting(case: Case, budget: int) -> Iterator[dict]:
+def fitting(case: Case, budget: int) -> Generator[dict, None, None]:
     """The largest minibatch of `largest_minibatch` on CUDA, tried in this process."""
     total = torch.cuda.get_device_properties(case.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), torch.device(case.device))
@@ -471,7 +478,7 @@ def table(
     Args:
         keep: gets the rows so far whenever something of them has been measured.
     """
-    rows = []
+    rows: list[dict] = []
     groups: dict[tuple, list[Case]] = {}
     for case in cases:
         groups.setdefault((case.network, case.minibatch, case.precision), []).append(case)
@@ -489,7 +496,7 @@ def table(
 
 def _measure(group: list[Case], rows: list[dict], rounds: int, memory: bool, courses, say, keep) -> None:
     """Fill the rows of cases that take turns, in changing order."""
-    running: dict[int, Iterator[dict]] = {}
+    running: dict[int, Generator[dict, None, None]] = {}
     turns: list[list[dict]] = [[] for _ in group]
 
     def ask(i: int) -> dict:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import nn
 
 from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS, NAMES
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
-from agcseg.networks import build, kind
+from agcseg.networks import Network, build, kind
 from agcseg.networks.foreign import Foreign
 from agcseg.nn import GEMS, IMPLEMENTATIONS, INITS, NORMS
 
@@ -188,7 +187,7 @@ def _matched(config: Config) -> float:
     return config.minibatch / config.momentum_match if config.momentum_match else 1.0
 
 
-def build_network(config: Config, num_classes: int = 19, **changes: Any) -> nn.Module:
+def build_network(config: Config, num_classes: int = 19, **changes: Any) -> Network:
     """The network that a run trains, see `agcseg.build`; `changes` replace arguments of that."""
     network = config.network
     arguments = {
@@ -216,7 +215,7 @@ def check(config: Config) -> None:
         if not good:
             problems.append(message)
 
-    def one_of(key: str, value: str, known) -> None:
+    def one_of(key: str, value: str | None, known) -> None:
         expect(value in known, f"{key}={value}: choose from {', '.join(known)}")
 
     foreign = kind(config.network.name) is Foreign
@@ -375,7 +374,7 @@ def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:
     expect(not (augment.flip and config.data.flip), "data.flip=true: augment.flip does it already")
 
 
-def _try_network(config: Config) -> nn.Module:
+def _try_network(config: Config) -> Network:
     """Build the network; at its smallest size also feed it, for some norms refuse the single pixel that may be left."""
     network, norm, size = config.network, config.norm, config.data.size
     module = build_network(config, implementation="literal")

@@ -33,7 +33,7 @@ def by_cause(errors: Iterable[UserError]) -> list[str]:
     groups: dict[str, list] = {}
     for error in errors:
         groups.setdefault(error.cause if isinstance(error, FileError) else str(error), []).append(error)
-    lines = []
+    lines: list[str] = []
     for cause, some in groups.items():
         if len(some) <= NAMED or not isinstance(some[0], FileError):
             lines += map(str, some)

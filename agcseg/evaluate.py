@@ -52,7 +52,8 @@ def evaluate(
             f"{trained.path}: tells {', '.join(trained.classes.names)} apart; {layout.title} has "
             f"{', '.join(layout.classes.names)}"
         )
-    size, band = tuple(trained.config.data.size), trained.config.contour.band
+    (height, width), band = trained.config.data.size, trained.config.contour.band
+    size = height, width
     device = next(trained.network.parameters()).device
 
     def read(sample: Sample):
@@ -62,7 +63,8 @@ def evaluate(
         its = (sample.name, *digests(*seen)[: 1 + trained.network.contour])
         return seen[0], truth[0] if full else small[0], seen[2], its
 
-    counted, compared, seen, labelled = [], [], [], False
+    counted, compared, labelled = [], [], False
+    seen: list[tuple[str, ...]] = []
     for start in progress(range(0, len(samples), minibatch)):
         images, labels, borders, its = zip(*each(read, samples[start : start + minibatch]), strict=True)
         seen += its
@@ -70,7 +72,7 @@ def evaluate(
         scores, contour = logits(trained, torch.from_numpy(np.stack(images)).to(device))
         labels = [torch.tensor(label, device=device) for label in labels]
         for score, label in zip(scores, labels, strict=True):
-            predicted = prediction(score, tuple(label.shape))
+            predicted = prediction(score, (label.shape[0], label.shape[1]))
             counted.append(metrics.count(predicted[None], label[None], len(layout.classes)))
         if contour is not None and not full:
             truth = torch.from_numpy(np.stack(borders)).to(device)
@@ -105,7 +107,7 @@ def _with_intervals(figures: dict, wrong: Tensor, valid: Tensor, confusions: Ten
     }
 
 
-def intervals(wrong: Tensor, valid: Tensor, confusions: Tensor) -> tuple[list, list, list[list]] | None:
+def intervals(wrong: Tensor, valid: Tensor, confusions: Tensor) -> tuple[list, list, list] | None:
     """95 % intervals by the percentile bootstrap: images are drawn anew with replacement, 1000 times, seeded.
 
     They tell how far a figure hangs on the choice of images, taken as independent (frames of one film are not), and

@@ -90,6 +90,7 @@ def export(trained: Trained, format: str) -> bytes:
             norm, lines = trained.config.norm, str(error.__cause__ or error).splitlines()
             what = " ".join([f"norm={norm.name}", *(f"norm.options.{key}={norm.options[key]}" for key in norm.options)])
             raise UserError(f"{what} cannot be written as ONNX ({lines[0]}); try format=torch") from None
+    assert exported
     model = exported.model_proto
     del model.graph.value_info[:]  # names the dimensions by the exporter's symbols
     for value in (*model.graph.input, *model.graph.output):

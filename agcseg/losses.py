@@ -30,6 +30,7 @@ def image_losses(
     """
     if isinstance(outputs, Tensor):
         return [segmentation_loss(outputs, labels, class_weights)]
+    assert contours is not None
     classes, contour, deep = outputs
     parts = [
         segmentation_loss(classes, labels, class_weights),

@@ -1,5 +1,7 @@
 """Validation figures from integer counts: every image once, count first, divide last."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def count(prediction: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor,
     return wrong, valid.sum((1, 2)), confusion[:cells].view(num_classes, num_classes)
 
 
-def summarise(wrong: Tensor, valid: Tensor, confusion: Tensor) -> dict[str, float | list[float]]:
+def summarise(wrong: Tensor, valid: Tensor, confusion: Tensor) -> dict[str, Any]:
     """Figures of a whole validation set from the counts of `count`: per image concatenated, the matrix summed.
 
     Returns:

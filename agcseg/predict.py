@@ -85,7 +85,7 @@ def predict(
         path, picture (RGB, upright), and at the training size logits of the classes, (K, h, w), and of the contour,
         (h, w), or None without one.
     """
-    size, paths = tuple(trained.config.data.size), list(paths)
+    (height, width), paths = trained.config.data.size, list(paths)
     device = next(trained.network.parameters()).device
 
     def read(path: Path):
@@ -93,7 +93,7 @@ def predict(
             picture = read_image(path)
         except UserError as error:
             return error
-        return path, picture, resize_image(picture, size)
+        return path, picture, resize_image(picture, (height, width))
 
     for start in range(0, len(paths), minibatch):
         good = []
@@ -162,6 +162,6 @@ def check_submission(folder: Path, written: list[Path]) -> list[str]:
     problems += [f"{path}: is not of this submission" for path in sorted({*folder.rglob("*.png")} - {*written})]
     for path in written:
         image = open_picture(path)
-        if image.mode != "L" or image.size[::-1] != BENCHMARK_SIZE or not np.isin(image, LABEL_IDS).all():
+        if image.mode != "L" or image.size[::-1] != BENCHMARK_SIZE or not np.isin(np.asarray(image), LABEL_IDS).all():
             problems.append(f"{path}: is no 8-bit map of the 19 label ids at 1024x2048")
     return problems

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -15,6 +15,7 @@ from agcseg.data import LAYOUTS
 from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError
+from agcseg.networks import Network
 from agcseg.record.checkpoint import load_checkpoint, weights_of
 
 
@@ -29,7 +30,7 @@ class Trained(NamedTuple):
         path: of the checkpoint.
     """
 
-    network: nn.Module
+    network: Network
     classes: Classes
     config: Config
     epoch: int
@@ -53,8 +54,8 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
     missing = [key for key in ("config", "classes", "normalisation", "epoch") if saved.get(key) is None]
     if missing:
         raise UserError(f"{path}: is no checkpoint of agcseg-train: it lacks {', '.join(missing)}")
-    try:  # keys that the run is older than have their default
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved["config"]))
+    try:
+        config = _config(saved)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: was written by another version of agcseg ({str(error).splitlines()[0]})") from None
     classes = _classes(saved["classes"], config.data.name)
@@ -73,6 +74,11 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
         fault = " ".join(str(error).splitlines()[1].split()) if "\n" in str(error) else str(error)
         raise UserError(f"{path}: its weights do not fit its configuration's {config.network.name}: {fault}") from None
     return Trained(network.eval(), classes, config, saved["epoch"], path)
+
+
+def _config(saved: dict) -> Config:
+    """Of a checkpoint; keys that the run is older than have their default."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved["config"])))
 
 
 def _classes(saved: dict | list, data: str) -> Classes:
@@ -122,9 +128,8 @@ def start_from(
     its = checkpoint.get("classes") or {}
     its = its["names"] if isinstance(its, dict) and its else its
     if classes is not None and its and [*classes] != [*its] and len(classes) == len(its):
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), checkpoint["config"]))
         with torch.device("meta"):
-            wider = build_network(config, len(its) + 1, init=None, pretrained=False).state_dict()
+            wider = build_network(_config(checkpoint), len(its) + 1, init=None, pretrained=False).state_dict()
         fitting = {key: fitting[key] for key in fitting if wider[key].shape == fitting[key].shape}
     network.load_state_dict(fitting, strict=False)
     new = [key for key in own if key not in fitting]

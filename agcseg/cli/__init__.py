@@ -88,8 +88,9 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
 
 def _keys(node: DictConfig, prefix: str = "") -> tuple[list[str], set[str]]:
     """All keys of a schema, and those whose value is a text."""
-    known, texts = [], set()
-    for key in node:
+    known: list[str] = []
+    texts: set[str] = set()
+    for key in map(str, node):
         known.append(f"{prefix}{key}")
         child = node._get_node(key)
         if isinstance(child, DictConfig):
@@ -182,7 +183,7 @@ def to_object(cfg: DictConfig, schema: type):
     known, _ = _keys(OmegaConf.structured(schema))
 
     def check(node: DictConfig, prefix: str = "") -> None:
-        for key in node:
+        for key in map(str, node):
             name, child = f"{prefix}{key}", node._get_node(key)
             if name not in known:
                 raise _unknown("", f"{name} is not a key of the configuration", name, known)

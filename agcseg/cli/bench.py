@@ -5,6 +5,7 @@ import platform
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -184,7 +185,7 @@ def _budget(cases: list[Case], arguments: argparse.Namespace, where: str) -> int
     rows = []
     for case in cases:
         _say(f"{case.network}, {case.variant}, {case.precision}")
-        row = {"network": case.network, "variant": case.variant, "precision": case.precision}
+        row: dict[str, Any] = {"network": case.network, "variant": case.variant, "precision": case.precision}
         try:
             row["largest"], row["how"] = largest_minibatch(case, arguments.budget)
         except Failed as failed:

@@ -48,7 +48,8 @@ def inspect(program: DataProgram) -> int:
     root = Path(data.root).expanduser() if data.root else None
     if root and data.name == "streets" and not (root.is_dir() and any(root.iterdir())):
         log.info(f"making {streets.train} + {streets.val} street scenes in {root}")
-        make_streets(root, streets.train, streets.val, tuple(streets.size), streets.seed)
+        height, width = streets.size
+        make_streets(root, streets.train, streets.val, (height, width), streets.seed)
     layout, root = find_data(data, log.info)
     tree = layout.tree.format(root=root).replace("\n", "\n  ")
     log.info(f"{layout.title} in {root.absolute()}. Expected tree:\n  {tree}")
@@ -126,7 +127,9 @@ def _job(cfg) -> None:
     try:
         wanted = to_object(cfg, DataProgram)
         check_config(Config(data=wanted.data, minibatch=1))
-        problems = write_draft(wanted.data) if wanted.draft else inspect(wanted)
+        if wanted.draft:
+            return write_draft(wanted.data)
+        problems = inspect(wanted)
     except (UserError, OSError) as error:
         fail("agcseg-data", error)
     if problems:

@@ -131,9 +131,12 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
         data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=own.cache_dir)
     its = _found(own.root, trained.path) if data is own and own.root else None
     where = {key: keys[f"data.folder.{key}"] or getattr(data.folder, key) for key in FOLDER}
-    root = str(Path(keys["data.root"]).expanduser().resolve()) if keys["data.root"] else its and str(its)
+    given = Path(keys["data.root"]).expanduser().resolve() if keys["data.root"] else its
     data = replace(
-        data, root=root, folder=replace(data.folder, **where), cache_dir=str(_found(data.cache_dir, trained.path))
+        data,
+        root=None if given is None else str(given),
+        folder=replace(data.folder, **where),
+        cache_dir=str(_found(data.cache_dir, trained.path)),
     )
     known = trained.classes if own.name == data.name == "folder" and not keys["data.folder.classes"] else None
     layout, root = find_data(data, lambda line: None, known)

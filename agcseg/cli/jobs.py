@@ -129,7 +129,7 @@ def _jobs(overrides: list[str], name: str, places: tuple[str, ...]) -> Iterator[
             [
                 part
                 for part in parts
-                if not (_choices([part.input_line]) or part.is_delete() or part.is_hydra_override())
+                if not (_choices([part.input_line or ""]) or part.is_delete() or part.is_hydra_override())
             ],
         )
 

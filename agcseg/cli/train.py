@@ -31,7 +31,7 @@ def _job(cfg) -> float | None:
         config = to_object(cfg, Config)
         sources = {source.provider: source.path for source in hydra_config.runtime.config_sources}
         places = [sources[provider] for provider in ("main", "command-line") if provider in sources]
-        folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name, places)
+        folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name or "train", places)
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once() if ours else contextlib.nullcontext():

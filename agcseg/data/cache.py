@@ -125,7 +125,8 @@ def _opened(folder: Path, samples: list[Sample], size: tuple[int, int]) -> "Cach
         index = json.loads((folder / "index.json").read_text())
         # copy-on-write, so that torch sees a writable array and nobody can change the file
         maps = [np.load(folder / f"{part}.npy", mmap_mode="c") for part in PARTS]
-        cached = Cached(folder, *maps, index["names"], index["digests"])
+        images, labels, contours = maps
+        cached = Cached(folder, images, labels, contours, index["names"], index["digests"])
     except PermissionError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # NumPy's and JSON's ways to say so
@@ -189,14 +190,15 @@ def not_writable(error: OSError, cache_dir: Path) -> UserError:
 
 
 def _key(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
-    files, missing, folders = [], [], {}
+    files, missing = [], []
+    folders: dict[Path, Path] = {}
     for path in (path for s in samples for path in (s.image, s.label, s.instance) if path):
         try:
             stat = path.stat()
         except FileNotFoundError:
             missing.append(FileError(path, "missing, a link to nothing" if path.is_symlink() else "missing"))
             continue
-        folder = folders.setdefault(path.parent, None) or path.parent.resolve()
+        folder = folders.get(path.parent) or path.parent.resolve()
         folders[path.parent] = folder
         files.append((str(folder / path.name), stat.st_size, stat.st_mtime_ns))
     if missing:
@@ -290,7 +292,7 @@ def _new(path: Path, shape: tuple[int, ...]) -> np.memmap:
         try:
             os.posix_fallocate(file.fileno(), start, length)
         except (AttributeError, OSError) as error:  # not everywhere: write zeros
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise OSError(error.errno, error.strerror, str(path)) from None
             for done in range(0, length, 2**24):
                 file.write(bytes(min(2**24, length - done)))

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -79,7 +79,7 @@ def read_classes(root: Path, name: str) -> Classes:
 
 
 def _classes(path: Path, content) -> Classes:
-    def refuse(fault: str):
+    def refuse(fault: str) -> NoReturn:
         raise UserError(f"{path}: {fault}")
 
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list) or not content["classes"]:
@@ -88,7 +88,10 @@ def _classes(path: Path, content) -> Classes:
         refuse(f"{sorted(map(str, unknown))[0]}: is no key here; there are classes and void")
     if len(content["classes"]) > MANY:
         refuse(f"names {len(content['classes'])} classes; there can be {MANY}")
-    names, colors, from_file, from_color = [], [], {}, {}
+    names: list[str] = []
+    colors: list[Color] = []
+    from_file: dict[int, int] = {}
+    from_color: dict[Color, int] = {}
 
     def take(entry: dict, what: str, meaning: int, number: list[int]) -> list[Color]:
         if unknown := entry.keys() - ENTRY:
@@ -168,7 +171,7 @@ def draft(layout: Layout, root: Path, splits: Iterable[str], progress: Callable 
         return stored.ndim == 3, values.tolist(), counts.tolist(), palette
 
     seen, broken = {kind: _Seen(Counter(), Counter(), {}) for kind in (False, True)}, []
-    example = {}
+    example: dict[bool, Path] = {}
     for path, found in zip(listed, progress(each(look, listed)), strict=True):
         if isinstance(found, FileError):
             broken.append(found)

@@ -116,7 +116,9 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
         return FileError(path if suffix else Path(f"{path}.png"), f"missing{kinds}")
 
     images, labels, instances = (found.get(what, {}) for what in ("images", "labels", "instances"))
-    no_instance = [missing("instances", key) for key in images if "instances" in found and key not in instances]
+    no_instance: list[UserError] = [
+        missing("instances", key) for key in images if "instances" in found and key not in instances
+    ]
     problems += [missing("labels", key) for key in images if key not in labels]
     problems += [missing("images", key) for key in labels if key not in images]
     samples = [
@@ -133,7 +135,8 @@ def _find(root: Path, pattern: str, whole: bool) -> tuple[dict[tuple[str, ...], 
     suffix = PurePosixPath(pattern).suffix
     expression = _expression(pattern.removesuffix(suffix))
     found: dict[tuple[str, ...], Path] = {}
-    twice, others = [], []
+    twice: list[UserError] = []
+    others = []
     for path in list_files(root / _fixed(pattern)):
         fits = path.suffix.lower() == suffix.lower() if suffix else is_picture(path)
         match = expression.fullmatch(path.relative_to(root).with_suffix("").as_posix()) if fits else None
@@ -257,13 +260,15 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
     if instances.ndim == 3:
         raise FileError(sample.instance, "mode RGB, expected one channel of instance numbers")
     if layout.instance_divisor and stored.ndim == 2:
-        _check_instances(sample, stored, instances, layout)
+        _check_instances(sample, stored, sample.instance, instances, layout, layout.instance_divisor)
     return image, labels, instances
 
 
-def _check_instances(sample: Sample, stored: np.ndarray, instances: np.ndarray, layout: Layout) -> None:
+def _check_instances(
+    sample: Sample, stored: np.ndarray, path: Path, instances: np.ndarray, layout: Layout, divisor: int
+) -> None:
     """The label of each pixel follows from its instance's number."""
-    own = np.where(instances >= layout.instance_divisor, instances // layout.instance_divisor, instances)
+    own = np.where(instances >= divisor, instances // divisor, instances)
     wrong = (own != stored) & (stored != IGNORE)  # numbers below 0 stand in no file of instances
     if not wrong.any():
         return
@@ -279,7 +284,7 @@ def _check_instances(sample: Sample, stored: np.ndarray, instances: np.ndarray, 
     row, column = np.argwhere(wrong)[0]
     detail = (
         f"{share:.1%} of the pixels, first in row {row}, column {column}: {stored[row, column]}, where "
-        f"{sample.instance.name} has {instances[row, column]}"
+        f"{path.name} has {instances[row, column]}"
     )
     raise FileError(sample.label, cause, detail)
 

@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +63,7 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
             parts = [part[indices].to(device) for part in parts]
             indices = np.arange(len(indices))
     images, labels, *borders = parts
-    return Split(images, labels, indices, names, *borders, digest=digest)
+    return Split(images, labels, indices, names, borders[0] if borders else None, digest)
 
 
 def histogram(split: Split, num_classes: int) -> list[int]:
@@ -121,12 +121,12 @@ def minibatches(
             if mirrored is not None:
                 images = torch.where(mirrored[step].unsqueeze(1), images.flip(-1), images)
                 truth = [torch.where(mirrored[step], part.flip(-1), part) for part in truth]
-            if augment is not None:
+            if augment is not None and shuffle is not None:
                 images, *truth = augmented(augment, shuffle, places[step], images, *truth)
             yield normalise(images, constants), *truth
 
 
-def read_ahead(parts: list[Tensor], steps: list[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+def read_ahead(parts: list[Tensor], steps: list[Tensor], device: torch.device) -> Generator[list[Tensor], None, None]:
     """Yield the rows `steps[0]`, `steps[1]`, ... of each part on the device, while a thread reads the next ones.
 
     They pass through two buffers in pinned memory in turn, so that neither this thread nor the device waits for a file
@@ -134,7 +134,8 @@ def read_ahead(parts: list[Tensor], steps: list[Tensor], device: torch.device) -
     """
     pinned = device.type == "cuda"
     longest = max(map(len, steps), default=0)
-    free, filled = queue.SimpleQueue(), queue.SimpleQueue()
+    free: queue.SimpleQueue = queue.SimpleQueue()
+    filled: queue.SimpleQueue = queue.SimpleQueue()
     for _ in range(2):
         buffers = [torch.empty(longest, *part.shape[1:], dtype=part.dtype, pin_memory=pinned) for part in parts]
         free.put((buffers, torch.cuda.Event(blocking=True) if pinned else None))

@@ -9,7 +9,7 @@ every second pixel is kept and so stays exact.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ def noise(rng: Generator, grid: tuple[int, int], size: tuple[int, int]) -> np.nd
 def grain() -> tuple[np.ndarray, np.ndarray]:
     """A patch of (512, 512) noise of all sizes, the same in every scene, and how it looks lit from above."""
     rng = np.random.default_rng(0)
-    rough = sum(noise(rng, (n, n), (512, 512)) / k for k, n in enumerate((12, 28, 64, 140, 300), 2))
+    layers = (noise(rng, (n, n), (512, 512)) / k for k, n in enumerate((12, 28, 64, 140, 300), 2))
+    rough = reduce(np.add, layers)
     return rough, rough - np.roll(rough, (-7, -4), (0, 1))
 
 

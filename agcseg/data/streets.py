@@ -65,7 +65,7 @@ class Street:
         ids = np.full((view.height, view.width), parts.SKY, np.int32)
         colors = np.empty((view.height, view.width, 3), np.uint8)
         first = min(int(view.horizon) + 1, view.height - 1)  # row of the ground
-        colors[:first] = self.sky().resize((view.width, first), Image.Resampling.BICUBIC)
+        colors[:first] = np.asarray(self.sky().resize((view.width, first), Image.Resampling.BICUBIC))
         rows = np.arange(first, view.height, dtype=np.float32)[:, None] + 0.5
         z = view.focal * view.eye / np.maximum(rows - view.horizon, 0.5)
         x = (np.arange(view.width, dtype=np.float32) + 0.5 - view.center) * z / view.focal - view.bend * z * z
@@ -174,7 +174,11 @@ class Street:
         for _ in range(rng.poisson(2.2)):  # people walk alone or together
             z = self.distance()
             for _ in range(rng.integers(1, 4)):
-                self.stand(things.person, rng.uniform(*sorted((side.walk, side.back))), z + rng.uniform(0, 2))
+                self.stand(
+                    things.person,
+                    rng.uniform(min(side.walk, side.back), max(side.walk, side.back)),
+                    z + rng.uniform(0, 2),
+                )
         for label, chance, most in ((parts.BICYCLE, 0.35, 4), (parts.MOTORCYCLE, 0.12, 2)):
             z = self.distance(7, 35)
             for i in range(rng.integers(1, most + 1) if rng.random() < chance else 0):

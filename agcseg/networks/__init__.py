@@ -14,11 +14,12 @@ from agcseg.networks.foreign import TORCHVISION, WITHOUT_WEIGHTS, Foreign, build
 from agcseg.networks.segnet import SegNet
 from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS, initialise
 
-NETWORKS: dict[str, type[nn.Module]] = {"segnet": SegNet, "classnet": ClassNet}
+Network = SegNet | ClassNet | Foreign
+NETWORKS: dict[str, type[SegNet | ClassNet]] = {"segnet": SegNet, "classnet": ClassNet}
 log = logging.getLogger("agcseg")
 
 
-def kind(network: str) -> type[nn.Module]:
+def kind(network: str) -> type[Network]:
     """The class behind a name, which knows `multiple` and `contour` before a network is built."""
     return NETWORKS.get(network, Foreign)
 
@@ -37,7 +38,7 @@ def build(
     pretrained: bool = True,
     size: tuple[int, int] = (256, 256),
     **options: Any,
-) -> nn.Module:
+) -> Network:
     """Build a segmentation network, initialised from torch's default generator (seed it with `torch.manual_seed`).
 
     Args:
@@ -67,12 +68,43 @@ def build(
     Raises:
         UserError (a ValueError): a name or option is not known, or a number is out of range; it lists what there is.
     """
-    if network in (*NETWORKS, *TORCHVISION) and factory is not None:
+    _check_names(network, norm, num_classes, width, init, implementation, factory)
+    make = NORMS[norm] if isinstance(norm, str) else norm
+    if norm_options:
+        _check_norm_options(
+            norm if isinstance(norm, str) else getattr(norm, "__name__", repr(norm)), make, norm_options
+        )
+    if network in NETWORKS:
+        own = {"num_classes", "width", "norm", "implementation"}
+        _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)
+        make = partial(make, **norm_options) if make and norm_options else make
+        ours = NETWORKS[network](
+            num_classes=num_classes, width=width, norm=make, implementation=implementation, **options
+        )
+        initialise(ours, init or "he")
+        return ours
+    if factory is None:
+        factory, options = f"torchvision.models.segmentation:{network}", {"weights_backbone": None, **options}
+    if not pretrained:
+        options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
+    fuse = implementation == "fast"
+    foreign, told = build_foreign(
+        network, factory, classes_argument, num_classes, norm, norm_options or {}, fuse, size, options
+    )
+    if init:
+        initialise(foreign, init)
+    log.info(f"  {network}: {told}")
+    return foreign
+
+
+def _check_names(network: str, norm, num_classes: int, width: float, init, implementation: str, factory) -> None:
+    known = (*NETWORKS, *TORCHVISION)
+    if network in known and factory is not None:
         raise UserError(f"network={network}: takes no factory; network=custom does")
-    if network not in (*NETWORKS, *TORCHVISION) and factory is None:
-        known = ", ".join((*NETWORKS, *TORCHVISION))
+    if network not in known and factory is None:
         raise UserError(
-            f"network={network!r} is not known; choose from {known}, or give network.factory=package.module:function"
+            f"network={network!r} is not known; choose from {', '.join(known)}, or give "
+            "network.factory=package.module:function"
         )
     if isinstance(norm, str) and norm not in NORMS:
         raise UserError(f"norm={norm!r} is not known; choose from {', '.join(NORMS)}")
@@ -82,39 +114,15 @@ def build(
         raise UserError(f"implementation={implementation!r} is not known; choose from {', '.join(IMPLEMENTATIONS)}")
     if init is not None and init not in INITS:
         raise UserError(f"init={init!r} is not known; choose from {', '.join(INITS)}")
-    make = NORMS[norm] if isinstance(norm, str) else norm
-    if norm_options:
-        _check_norm_options(
-            norm if isinstance(norm, str) else getattr(norm, "__name__", repr(norm)), make, norm_options
-        )
-    if network in NETWORKS:
-        make = partial(make, **norm_options) if norm_options else make
-        own = {"num_classes", "width", "norm", "implementation"}
-        _check_options(f"network {network!r}", NETWORKS[network], options, skip=own)
-        module = NETWORKS[network](
-            num_classes=num_classes, width=width, norm=make, implementation=implementation, **options
-        )
-        initialise(module, init or "he")
-        return module
-    if width != 1 or init == "identity":
+    if network not in NETWORKS and (width != 1 or init == "identity"):
         what = f"width={width:g}" if width != 1 else f"init={init}"
         raise UserError(f"{what}: of segnet and classnet only; network={network} takes the options of its factory")
-    if network in TORCHVISION:
-        factory, options = f"torchvision.models.segmentation:{network}", {"weights_backbone": None, **options}
-    if not pretrained:
-        options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
-    fuse = implementation == "fast"
-    module, told = build_foreign(
-        network, factory, classes_argument, num_classes, norm, norm_options or {}, fuse, size, options
-    )
-    if init:
-        initialise(module, init)
-    log.info(f"  {network}: {told}")
-    return module
 
 
 def _check_norm_options(name: str, make: Callable | None, options: dict[str, Any]) -> None:
     _check_options(f"norm {name!r}", make, options, skip={"num_features", "device", "dtype"})
+    if make is None:
+        return  # it has none
     for key, value in options.items():
         default = inspect.signature(make).parameters[key].default
         if isinstance(default, int | float) and not isinstance(value, int | float | None):

@@ -124,8 +124,9 @@ class ClassNet(nn.Module):
                         costs.append(
                             Cost(None, 0, (part.classes.weight.numel() + part.contour.weight.numel()) * 4.0**-i)
                         )
-        if self.lateral[0].is_fast:
-            maps = len(self.lateral[0].conv.weight)
+        unit = self.lateral[0]
+        if isinstance(unit, ConvUnit) and unit.is_fast:
+            maps = len(unit.conv.weight)
             costs.append(Cost(self.upsample, maps, maps))
         return costs
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,8 +73,9 @@ class SegNet(nn.Module):
 
     def _choose(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
-        if budget and self.encoder[0][0].is_fast:  # of a narrow network it costs more, and is worth it still
-            self._rebuilt.add(self.encoder[0][0])
+        stage: Any = self.encoder[0]
+        if budget and stage[0].is_fast:  # of a narrow network it costs more, and is worth it still
+            self._rebuilt.add(stage[0])
 
     def _costs(self) -> list[Cost]:
         costs = []
@@ -94,8 +96,10 @@ class SegNet(nn.Module):
 
     def _forward(self, maps: Tensor, run: Callable | None = None) -> Tensor:
         pooled = []
+        first: Any = self.encoder[0]
+        rebuilt = first[0] in self._rebuilt
         for stage in self.encoder:
-            maps, winners = stage(maps, pool=True, stem=stage is self.encoder[0] and stage[0] in self._rebuilt, run=run)
+            maps, winners = stage(maps, pool=True, stem=rebuilt and stage is first, run=run)
             pooled.append(winners)
         for stage in self.decoder:
             maps = stage(maps, unpool=pooled.pop(), run=run)

@@ -1,6 +1,7 @@
 """Convolution, normalisation and ReLU as one unit: the place where a norm may be fused with its convolution."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class ConvUnit(nn.Module):
         implementation: str = "fast",
     ) -> None:
         super().__init__()
+        self.norm: Any
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm is None)
@@ -67,7 +69,9 @@ class ConvUnit(nn.Module):
             and type(conv) is nn.Conv2d
             and conv.bias is None
             and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-            and conv.kernel_size[0] == conv.kernel_size[1] == 2 * conv.padding[0] + 1 == 2 * conv.padding[1] + 1
+            and conv.kernel_size == 2 * conv.kernel_size[:1]
+            and conv.kernel_size[0] % 2 == 1
+            and conv.padding == (conv.kernel_size[0] // 2,) * 2
             and not (has_hooks(conv) or has_hooks(norm))
         )
 
@@ -96,7 +100,7 @@ class ConvUnit(nn.Module):
         if self.is_fast and (stem is None or stem.is_fast):
             stem_parameters = stem.agc_parameters if stem else None
             return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=stem_parameters)
-        maps = torch.cat(list(input), 1) if isinstance(input, (tuple, list)) else input
+        maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
         if unpool is not None:
             maps = max_unpool2d(maps, unpool)
         if stem is not None:

@@ -2,7 +2,7 @@
 
 import textwrap
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -99,7 +99,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
     for module in layers.values() if not fuse else ():
         if type(module) is not unpaired(type(module)):
             module.__class__ = unpaired(type(module))
-            vars(module).pop("watched", None)
+            module.__dict__.pop("watched", None)
     for name, module in layers.items():
         if not fuse or module in units or type(module) not in (AGC2d, AGCAct2d, AGCReLU2d):
             continue  # units see to it themselves, and subclasses may mean something else
@@ -133,7 +133,7 @@ def _why_stays(name: str, module: nn.Module, findings: Findings) -> str | None:
     return None if kind in KINDS else f"stays, {type(module).__name__}: it is not BatchNorm2d"
 
 
-def _become_agc(norm: nn.Module, mean_scale: float) -> None:
+def _become_agc(norm: Any, mean_scale: float) -> None:
     """Make a batch normalisation AGC, the same object: whoever holds it, and its hooks, keep it."""
     like = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
     options = {} if like is None else {"device": like.device, "dtype": like.dtype}
@@ -155,6 +155,9 @@ def _become_agc(norm: nn.Module, mean_scale: float) -> None:
 
 class AGCAct2d(AGC2d):
     """What timm's BatchNormAct2d becomes: AGC, then its modules `drop` and `act`."""
+
+    drop: nn.Module
+    act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))
@@ -187,7 +190,8 @@ def _why_apart(name: str, layers: dict[str, nn.Module], findings: Findings) -> s
 
 def _pair(name: str, layers: dict[str, nn.Module], findings: Findings) -> None:
     names = {module: name for name, module in layers.items()}
-    for conv in findings.sources[layers[name]]:
+    convs: list[Any] = findings.sources[layers[name]]
+    for conv in convs:
         path, other = names[conv].split("."), name.split(".")
         common = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), 0)
         passed = (*_below(path[:-1], common), *_below(other, common))

@@ -19,6 +19,7 @@ numbers get the formula itself, on a CPU: there the calls cost more time than th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,10 @@ def agc_unit(
     """
     inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
     if has_torch_function(inputs):
-        options = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
+        options: dict[str, Any] = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
         return handle_torch_function(agc_unit, inputs, input, filters, weight, bias, mean_scale, **options)
-    geometry = Geometry(*(p if p is None else _pair(p) for p in geometry[:3]), geometry.groups)
+    stride, padding, dilation, groups = geometry
+    geometry = Geometry(_pair(stride), padding if padding is None else _pair(padding), _pair(dilation), groups)
     _check_maps(inputs, unpool)
     plain = len(inputs) == 1 and unpool is None and stem is None and not pool
     if geometry != PLAIN and not plain:

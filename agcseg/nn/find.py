@@ -126,7 +126,7 @@ class _Tracer(fx.Tracer):
 
 def _read(graph: fx.Graph, modules: dict[str, nn.Module], layers: list[nn.Module], findings: Findings) -> None:
     def called(node: object) -> nn.Module | None:
-        return modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+        return modules[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     def readers(node: fx.Node) -> Iterator[fx.Node]:
         for user in node.users:
@@ -144,7 +144,7 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], layers: list[nn.Module
         if module not in layers:
             continue
         source = _input(node)
-        while type(called(source)) is nn.Identity:
+        while source is not None and type(called(source)) is nn.Identity:
             source = _input(source)
         seen = findings.sources.setdefault(module, [])
         name = called(source) or _name(source)

@@ -15,6 +15,8 @@ less the older it is, the first like any other, and A/P is the share of a window
 step in which a filter is silent counts there as what it is, one with no active point; its own factor is 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -150,7 +152,7 @@ class _Counter:
             self.count(error != 0, error.dtype)
         return error * self.scale["of maps"] if self.gems.mode == "map" else None
 
-    def passing(self, norm: nn.Module, inputs: tuple, maps: Tensor) -> Tensor:
+    def passing(self, norm: Any, inputs: tuple, maps: Tensor) -> Tensor:
         if not (norm.training and maps.requires_grad):
             return maps
         if self.gems.gate == "relu":

@@ -11,6 +11,7 @@ save; the values are the same. Batch normalisation's scale and shift are constan
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,8 @@ def inference_form(network: nn.Module) -> nn.Module:
         autocast: that would round the means.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    for unit in network.modules():
-        if not isinstance(unit, ConvUnit):
-            continue
+    units: list[Any] = [unit for unit in network.modules() if isinstance(unit, ConvUnit)]
+    for unit in units:
         if unit.is_plain and unit.conv.kernel_size[0] <= 3:
             unit.conv = AGCConv2d(unit.conv, unit.norm)
         elif _is_constant(unit.norm) and type(unit.conv) is nn.Conv2d and not has_hooks(unit.conv):

@@ -60,6 +60,8 @@ class MeanOnlyBatchNorm2d(nn.Module):
     Evaluation subtracts the running mean, which moves by `momentum` towards each minibatch's.
     """
 
+    running_mean: Tensor
+
     def __init__(self, num_features: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum

@@ -14,7 +14,7 @@ reader hides from torch what it reads) an error says so.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ def agc_conv2d(
         RuntimeError: as conv2d.
     """
     if has_torch_function_unary(input) or not runs_eagerly():
-        return agc(F.conv2d(input, filters, conv_bias, *geometry), weight, bias, mean_scale)
+        z = F.conv2d(input, filters, conv_bias, *geometry)  # type: ignore[arg-type]  # its padding is no None
+        return agc(z, weight, bias, mean_scale)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
@@ -119,6 +120,11 @@ def _second_derivative(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 class Deferred(Tensor):
     """The output of a convolution that runs when it is read: as one step with `agc`, for any other reader by itself."""
 
+    _call: tuple[Tensor, Tensor, Tensor | None, Geometry]
+    _maps: Tensor | None  # once it has run
+    _versions: list[int | None]  # of what it reads, when it was put off
+    _autocast: tuple[bool, torch.dtype]
+
     @staticmethod
     def of(input: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry) -> "Deferred":
         maps = Tensor._make_subclass(Deferred, input.new_empty(0), True)
@@ -163,7 +169,7 @@ class Deferred(Tensor):
             self._check_versions()
             (enabled, dtype), (input, filters, bias, geometry) = self._autocast, self._call
             with torch.enable_grad(), torch.autocast(input.device.type, dtype, enabled):
-                self._maps = F.conv2d(input, filters, bias, *geometry)
+                self._maps = F.conv2d(input, filters, bias, *geometry)  # type: ignore[arg-type]
         return self._maps
 
 
@@ -183,7 +189,7 @@ def _autocast(input: Tensor) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-class _Paired:
+class _Paired(nn.Module):
     """What makes a convolution put off its output until it is read; it stays what it is in every other respect.
 
     Attributes:
@@ -199,12 +205,12 @@ class _Paired:
         with _PuttingOff():
             return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple:
         kind = unpaired(type(self))
         return super().__reduce_ex__(protocol) if kind is type(self) else (_blank, (kind,), vars(self))
 
     def __prepare_scriptable__(self) -> nn.Conv2d:
-        conv = object.__new__(unpaired(type(self)))
+        conv: nn.Conv2d = object.__new__(unpaired(type(self)))
         vars(conv).update({key: value for key, value in vars(self).items() if key != "watched"})
         return conv
 
@@ -221,10 +227,10 @@ def unpaired(kind: type) -> type:
 
 
 def _blank(kind: type[nn.Conv2d]) -> nn.Conv2d:
-    return object.__new__(paired(kind))
+    return object.__new__(paired(kind))  # type: ignore[arg-type]
 
 
-PairedConv2d = paired(nn.Conv2d)
+PairedConv2d = paired(nn.Conv2d)  # a class is hashable
 
 
 class _PuttingOff(TorchFunctionMode):
@@ -262,7 +268,12 @@ class _Call(NamedTuple):
             and self.padding != "same"
         ):
             padding = 0 if self.padding == "valid" else self.padding
-            return input, weight, self.bias, Geometry(*map(_pair, (self.stride, padding, self.dilation)), self.groups)
+            return (
+                input,
+                weight,
+                self.bias,
+                Geometry(_pair(self.stride), _pair(padding), _pair(self.dilation), self.groups),
+            )
         return None
 
 

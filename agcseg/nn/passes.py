@@ -70,7 +70,7 @@ def activate(
         z, winners = max_pool(z)
     level = torch.addcmul(bias, mean_scale, mean, value=-1)
     output = z.add_(_as_maps(level, z)).relu_()
-    if pool:  # where ReLU leaves nothing the first cell wins, as behind it
+    if winners is not None:  # where ReLU leaves nothing the first cell wins, as behind it
         winners.bitwise_and_(_less(0, output).to(torch.uint8))
     return output, winners, mean
 

@@ -43,7 +43,7 @@ def max_unpool2d(input: Tensor, winners: Tensor) -> Tensor:
         return _unpool_by_shuffle(input, window_offsets(winners, 2 * input.shape[3]))
     on_cpu = input.device.type == "cpu"
     if on_cpu and winners.dtype != torch.uint8 and not torch.are_deterministic_algorithms_enabled():
-        return F.max_unpool2d(input, winners, 2)
+        return F.max_unpool2d(input, winners, (2, 2))
     if not passes.kernels(input):  # which read either notation
         winners = window_offsets(winners, 2 * input.shape[3])
     return _Unpool.apply(input, winners)

@@ -50,7 +50,7 @@ def choose(costs: Collection[Cost], budget: float) -> set[nn.Module]:
     left, chosen = budget * 3 * sum(cost.work for cost in costs), set()
     candidates = [cost for cost in costs if cost.unit is not None]
     for unit, _, work in sorted(candidates, key=lambda cost: (cost.work / cost.numbers, -cost.numbers)):
-        if work <= left:
+        if unit is not None and work <= left:
             chosen.add(unit)
             left -= work
     return chosen

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
     names = dict(_layers(network))
     seen: dict[nn.Module, _Seen] = {}
 
-    def note(norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def note(norm: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         maps = args[0] if args else next(iter(kwargs.values()))
         if maps.dim() != 4:
             return

@@ -45,12 +45,13 @@ OPERATIONS.define(
 
 def operands(geometry: Geometry) -> list[int]:
     """A geometry as the operations take it."""
+    assert geometry.padding  # None is for calls of agc_unit
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
 @cache
-def _geometry(*numbers: int) -> Geometry:
-    return Geometry(*(numbers[i : i + 2] for i in (0, 2, 4)), numbers[6])
+def _geometry(a: int, b: int, c: int, d: int, e: int, f: int, groups: int) -> Geometry:
+    return Geometry((a, b), (c, d), (e, f), groups)
 
 
 def _forward(inputs, unpool, parameters, stem, geometry, pool):
@@ -109,8 +110,9 @@ def _backward_part(
         height_width = output.shape[2:] if winners is None else [2 * side for side in output.shape[2:]]
         shapes_of_maps = [(len(stem[0]), *height_width)]
         if maps:
-            z = _convolve(inputs, *stem[:2], _same(stem[0]))
-            rebuilt, _, _ = passes.activate(z, *stem[2:], mean=stem_mean)
+            filters, gain, bias, mean_scale = stem
+            z = _convolve(inputs, filters, gain, _same(filters))
+            rebuilt, _, _ = passes.activate(z, bias, mean_scale, mean=stem_mean)
             maps = (rebuilt,)
             del z
     elif unpool is not None:
@@ -170,9 +172,9 @@ def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry:
     fold = _fold_is_smaller(filters, inputs[0])
     folded = passes.fold(filters, gain, dtype) if fold else filters.to(dtype)
     slices = _slices(folded, [x.shape[1:] for x in inputs], geometry)
-    z = F.conv2d(inputs[0], slices[0], None, *geometry)
+    z = F.conv2d(inputs[0], slices[0], None, *geometry)  # type: ignore[arg-type]  # its padding is no None here
     for x, w in zip(inputs[1:], slices[1:], strict=True):
-        z += F.conv2d(x, w, None, *geometry)
+        z += F.conv2d(x, w, None, *geometry)  # type: ignore[arg-type]
     return z if fold else z.mul_(gain.to(dtype).view(-1, 1, 1))
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one; a failure leaves nothing beside it.
 
     Raises:

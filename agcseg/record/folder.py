@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import filelock
 from omegaconf import OmegaConf
@@ -70,7 +71,7 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
     return result
 
 
-def _settings(path: Path) -> dict:
+def _settings(path: Path) -> Any:
     """The configuration of a run; what an older version did not have is filled in."""
     try:
         loaded = OmegaConf.load(path)

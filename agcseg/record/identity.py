@@ -24,7 +24,7 @@ LONGEST = 150  # bytes of a folder's name; file systems take 255
 
 def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     """Nested settings with their keys joined by dots."""
-    answer = {}
+    answer: dict[str, Any] = {}
     for key, value in settings.items():
         answer |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return answer
@@ -35,7 +35,7 @@ def complete(settings: dict) -> dict[str, Any]:
     found = flat(settings)
     options = {}
     for kind, known in (("network", NETWORKS), ("norm", NORMS)):
-        target = known.get(found.get(f"{kind}.name"))
+        target = known.get(found.get(f"{kind}.name", ""))
         for option in inspect.signature(target).parameters.values() if target else ():
             if option.default is not option.empty and isinstance(option.default, (bool, int, float, str, type(None))):
                 options[f"{kind}.options.{option.name}"] = option.default
@@ -51,7 +51,7 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
         processes: that share a minibatch.
     """
     found = complete(settings)
-    of_rate = SimpleNamespace(lr=SimpleNamespace(base=found.pop("lr.base"), value=found.pop("lr.value")))
+    of_rate: Any = SimpleNamespace(lr=SimpleNamespace(base=found.pop("lr.base"), value=found.pop("lr.value")))
     for key in ("minibatch", "momentum", "momentum_match"):
         setattr(of_rate, key, found[key])
     del found["momentum_match"]

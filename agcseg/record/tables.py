@@ -1,13 +1,15 @@
 """What happened in a run, for programs that read no checkpoint: its tables, and the figures of its layers."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agcseg.networks import ClassNet, SegNet
 from agcseg.networks.foreign import Foreign
 from agcseg.nn import AGC2d, ConvUnit
 from agcseg.record.files import write, write_csv
@@ -77,13 +79,15 @@ def layer_rows(
     """
     units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
     norms, signals = _norms(network), {name.removeprefix("network."): of for name, of in signals.items()}
-    gammas = {layer: m.weight for layer, m in norms.items() if isinstance(getattr(m, "weight", None), Tensor)}
+    gammas = {layer: getattr(m, "weight", None) for layer, m in norms.items()}
+    gammas = {layer: gamma for layer, gamma in gammas.items() if isinstance(gamma, Tensor)}
     scales = {layer: module.mean_scale for layer, module in norms.items() if isinstance(module, AGC2d)}
     gammas, scales, factors = _on_cpu(gammas), _on_cpu(scales), _on_cpu(gems or {}, torch.float64)
     rows = []
     for layer in _in_order({**units, **norms}, network):
         unit, signal, gamma, scale = units.get(layer), signals.get(layer, {}), gammas.get(layer), scales.get(layer)
-        if unit is None and gamma is None:
+        features = unit.conv.out_channels if unit is not None else None if gamma is None else len(gamma)
+        if features is None:
             continue  # no norm behind the classifier
         levels = [None] * len(QUANTILES) if scale is None else scale.quantile(torch.tensor(QUANTILES)).tolist()
         rows.append(
@@ -91,7 +95,7 @@ def layer_rows(
                 "epoch": epoch,
                 "layer": layer,
                 "role": layer.partition(".")[0],
-                "num_features": len(gamma) if unit is None else unit.conv.out_channels,
+                "num_features": features,
                 "gamma_mean": None if gamma is None else gamma.mean().item(),
                 "lambda_mean": None if scale is None else scale.mean().item(),
                 **dict(zip(LEVELS, levels, strict=True)),
@@ -112,7 +116,7 @@ def _joined(vectors: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor
     return torch.cat([vector.detach().flatten().to(dtype) for vector in vectors]) if vectors else torch.empty(0)
 
 
-def _on_cpu(vectors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def _on_cpu(vectors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """In one copy."""
     parts = _joined(list(vectors.values()), dtype).cpu().split([vector.numel() for vector in vectors.values()])
     return dict(zip(vectors, parts, strict=False))
@@ -137,4 +141,5 @@ def _layer(norm: str) -> str:
 def _in_order(layers: Iterable[str], network: nn.Module) -> list[str]:
     if isinstance(network, Foreign):
         return [layer for layer in network.layers if layer in layers]
-    return sorted(layers, key=lambda layer: [layer.startswith(part) for part in network.order].index(True))
+    order = cast(SegNet | ClassNet, network).order
+    return sorted(layers, key=lambda layer: [layer.startswith(part) for part in order].index(True))

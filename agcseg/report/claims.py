@@ -65,22 +65,27 @@ class Part(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Of the estimate; where it has none, the value twice."""
+        assert isinstance(self.estimate, Estimate)
         value, low, high, *_ = self.estimate
         return (value, value) if math.isnan(low) else (low, high)
 
     @property
     def leaning(self) -> str:
         """What the estimate would say, if it could decide."""
-        return decide(self.interval, self.band) if self.known and self.estimate.leans else NOT_ENOUGH
+        return (
+            decide(self.interval, self.band)
+            if isinstance(self.estimate, Estimate) and self.estimate.leans
+            else NOT_ENOUGH
+        )
 
     @property
     def verdict(self) -> str:
-        return NOT_ENOUGH if not self.known or self.estimate.weak else self.leaning
+        return NOT_ENOUGH if isinstance(self.estimate, str) or self.estimate.weak else self.leaning
 
     @property
     def measured(self) -> str:
         """Such as "+0.12 (-0.30 to +0.51)": the estimate and its interval, or what is missing."""
-        if not self.known:
+        if isinstance(self.estimate, str):
             return self.estimate
         value, low, high, *_ = self.estimate
         return f"{value:{self.form}}" + ("" if math.isnan(low) else f" ({low:{self.form}} to {high:{self.form}})")
@@ -88,12 +93,13 @@ class Part(NamedTuple):
     @property
     def basis(self) -> str:
         """What the interval is over, such as "3 seeds, paired"."""
-        return self.estimate.basis if self.known else ""
+        return self.estimate.basis if isinstance(self.estimate, Estimate) else ""
 
     @property
     def answer(self) -> str:
         """The verdict, and why there is none."""
-        return self.verdict + (f": {self.estimate.weak}" if self.known and self.estimate.weak else "")
+        weak = self.estimate.weak if isinstance(self.estimate, Estimate) else ""
+        return self.verdict + f": {weak}" * bool(weak)
 
 
 class Verdict(NamedTuple):
@@ -262,7 +268,7 @@ def _layers(measure: Callable[[Run], float], seeds: Seeds) -> Estimate | str:
     reached, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
     unfinished = reached[0] < planned
     weak = "one seed" if len(runs) == 1 else "the runs are unfinished" if unfinished else ""
-    still = any(measures.lambda_moved(run.layers) < MOVED for run in runs)
+    still = any(measures.lambda_moved(run.layers) < MOVED for run in runs if run.layers is not None)
     if still:
         weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}"
     several = len(runs) > 1

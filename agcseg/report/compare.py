@@ -223,11 +223,12 @@ def unlike(runs: list[Run]) -> str:
     unknown = [run.name for run in runs if not run.device]
     if unknown:
         return f"needs the name of the device in result.json of {', '.join(unknown)}"
-    for what, values in {
+    compared: dict[str, set] = {
         "device": {run.device for run in runs},
         **{key: {run.settings.get(key) for run in runs} for key in ("channels_last", "compile", "deterministic")},
         "network.implementation": {run.settings.get("network.implementation") for run in runs if run.norm == "agc"},
-    }.items():
+    }
+    for what, values in compared.items():
         if len(values) > 1:
             return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
     return ""

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,7 +22,10 @@ from agcseg.report.read import NAMES, NORMS, Run
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")
-END_MARKERS = {"diverged": {"marker": "x", "ms": 9, "mew": 2}, "unfinished": {"marker": "o", "ms": 7, "mfc": "white"}}
+END_MARKERS: dict[str, dict[str, Any]] = {
+    "diverged": {"marker": "x", "ms": 9, "mew": 2},
+    "unfinished": {"marker": "o", "ms": 7, "mfc": "white"},
+}
 STYLES = {  # of Figure 1: minibatch and rate of the panels that compare these, norm of the others
     (1, 0.02): ("#E69F00", "-"), (4, 0.08): ("#009E73", (0, (5, 1))), (8, 0.16): ("#CC79A7", "-"),
     (8, 0.08): ("#56B4E9", (0, (5, 1))), (8, 0.32): ("#000000", (0, (2, 1))), (8, 0.64): ("#D55E00", "-."),
@@ -52,8 +57,7 @@ def figure(groups: Settings, reference: str) -> Figure:
     apart = not of_settings(runs) and len(groups) > len(norms) > 1
     lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
     above, below = 3.4 * (1 + apart), 0.75 + (0.07 + 0.16 * lines) * len(order)
-    fig = Figure(figsize=(10, above + below), dpi=120, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    fig = Figure(figsize=(10, above + below), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     axes = fig.subplots(2 + apart, 2, height_ratios=[above / (1 + apart)] * (1 + apart) + [below])
     commonest = sorted({round(100 * run.commonest_class_error, 1) for run in runs if run.commonest_class_error >= 0})
     for column, (metric, title) in enumerate(METRICS):
@@ -95,7 +99,7 @@ def _draw_curves(axis, groups: Settings, metric, title, scale, levels, reference
 
 def _draw_rows(axis: Axes, groups: Settings, order: list[str], metric: str, epoch: int, styles: dict) -> None:
     values = {name: _values_at(groups[name], metric, epoch) for name in order}
-    limit = _usual_limit([np.mean(of) for of in values.values() if of])
+    limit = _usual_limit([float(np.mean(of)) for of in values.values() if of])
     texts = [
         _draw_row_of_seeds(axis, row, values[name], limit, groups[name], styles[name]["color"])
         for row, name in enumerate(order)
@@ -116,8 +120,7 @@ def figure1(cells: Cells) -> Figure:
     A line is the mean over the seeds that reached the epoch, a band their smallest and largest value; diverged runs are
     thin lines of their own that end in a cross. What the paper compares has one scale.
     """
-    fig = Figure(figsize=(11, 15), dpi=120, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    fig = Figure(figsize=(11, 15), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = dict(zip((panel.letter for panel in PANELS), fig.subplots(4, 2).flat, strict=True))
     sizes = {run.size for seeds in cells.values() for run in seeds.values()}
     for letters in SAME_SCALE if len(sizes) < 2 else ("ab", "c", "d", "e", "f", "gh"):
@@ -257,12 +260,14 @@ def predictions(groups: Settings, most: int = 12) -> tuple[Image.Image | None, l
 
     None where no run has stored its predictions.
     """
-    rows, broken = [], []
-    for name, run in [(n, run) for n, seeds in groups.items() for run in [*seeds.values()] if _predicted(run)]:
-        if name in [row[0] for row in rows] or len(rows) == most:
+    rows: list[tuple[str, int, Image.Image]] = []
+    broken = []
+    for name, run in [(n, run) for n, seeds in groups.items() for run in seeds.values()]:
+        path = _predicted(run)
+        if path is None or name in [row[0] for row in rows] or len(rows) == most:
             continue
         try:
-            with Image.open(_predicted(run)) as picture:
+            with Image.open(path) as picture:
                 panels = max(4, picture.width // (run.size[1] + 2))  # each in its frame; a contour is the fifth
                 height = min(picture.height, round(picture.width / panels * run.size[0] / run.size[1]))
                 scene = picture.convert("RGB").crop((0, 0, picture.width, height))
@@ -375,8 +380,8 @@ def _draw_row_of_seeds(axis: Axes, row: int, values: list[float], limit: float, 
         axis.plot([np.mean(values)], [row], "|", c=colour, ms=12, mew=2.2)
         if len(values) > 2:
             axis.hlines(row, *t_interval(values), colour, lw=1.2)
-    at = {"xy": (0.99, row), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
-    axis.annotate(", ".join(said), **at, size=8.5, color=colour)
+    at = ("axes fraction", "data")
+    axis.annotate(", ".join(said), (0.99, row), xycoords=at, ha="right", va="center", size=8.5, color=colour)
     return bool(said)
 
 

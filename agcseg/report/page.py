@@ -5,11 +5,13 @@ import io
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from agcseg.figure1 import PANELS, PAPER_ERRORS
@@ -73,16 +75,15 @@ def write_report(
     if of_settings(runs) and not of_paper or reference is not None:
         alike, of_paper = True, False
         kept, apart = cells(like(runs, next(iter(groups[base].values()))))
-    notes += dict.fromkeys(twins + apart)
+    notes += [*dict.fromkeys(twins + apart)]
     answers = verdicts(kept, margin, of_paper)
     folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Figure | None]
     drawn = {"figure1.png": figure1(kept)} if of_paper else {"figure.png": figure(groups, base)}
     shown, starts = _with_lambda(kept), lambda_starts(groups)
     drawn["lambda.png"] = lambda_starts_figure(starts, [*groups]) if starts else lambda_figure(shown) if shown else None
     drawn["forest.png"] = forest(answers)
-    paths = [
-        _replace(folder / name, lambda to, f=fig: f.savefig(to, format="png")) for name, fig in drawn.items() if fig
-    ]
+    paths = [_replace(folder / name, partial(fig.savefig, format="png")) for name, fig in drawn.items() if fig]
     scenes, unreadable = predictions(groups)
     broken += unreadable
     if scenes:
@@ -102,7 +103,7 @@ def write_report(
         "report.csv": table.to_csv(index=False, lineterminator="\n"),
     }
     for name, text in texts.items():
-        paths.append(_replace(folder / name, lambda temporary, t=text: temporary.write_text(t, "utf-8")))
+        paths.append(_replace(folder / name, partial(Path.write_text, data=text, encoding="utf-8")))
     return paths, answers
 
 

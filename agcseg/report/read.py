@@ -108,7 +108,9 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     Raises:
         UserError: a folder is missing or holds no run that can be read.
     """
-    runs, broken, notes = [], [], []
+    runs: list[Run] = []
+    broken: list[str] = []
+    notes: list[str] = []
     names = [Path(folder).resolve().name for folder in folders]
     for folder, name in zip(map(Path, folders), names, strict=True):
         here = _read_folder(folder, broken, notes)
@@ -222,16 +224,17 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
         raise ValueError(f"{' and '.join(missing)}: missing")
     for key in ("minibatch", "epochs"):
         int(OmegaConf.select(config, key))
-    settings, processes = OmegaConf.to_container(config, resolve=True), int(result.get("processes") or 1)
-    get, decides, words = complete(settings).get, deciding(settings, processes), describe(settings, processes)
-    height, width = get("data.size")
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    processes, of = int(result.get("processes") or 1), complete(settings)
+    decides, words = deciding(settings, processes), describe(settings, processes)
+    height, width = of["data.size"]
     commonest = result.get("commonest_class_error")
     return Run(
-        name=path.name, path=path, network=str(get("network.name")), norm=str(get("norm.name")),
-        width=None if get("network.width") is None else float(get("network.width")), minibatch=int(get("minibatch")),
-        rate=float(decides["rate"]), seed=None if get("seed") is None else int(get("seed")), epochs=int(get("epochs")),
-        data=str(get("data.name")), size=(int(height), int(width)), state=result["state"],
-        reason=str(result.get("reason") or ""), metrics=metrics, settings=complete(settings), words=words,
+        name=path.name, path=path, network=str(of["network.name"]), norm=str(of["norm.name"]),
+        width=None if of["network.width"] is None else float(of["network.width"]), minibatch=int(of["minibatch"]),
+        rate=float(decides["rate"]), seed=None if of["seed"] is None else int(of["seed"]), epochs=int(of["epochs"]),
+        data=str(of["data.name"]), size=(int(height), int(width)), state=result["state"],
+        reason=str(result.get("reason") or ""), metrics=metrics, settings=of, words=words,
         commonest_class_error=math.nan if commonest is None else float(commonest),
         device=str(result.get("device") or ""),
     )  # fmt: skip

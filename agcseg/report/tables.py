@@ -129,7 +129,7 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     def text(value: float) -> str:
         return format(round(float(value), digits) + 0.0, f"{sign}.{digits}f")  # + 0.0: no negative zero
 
-    mean = text(np.mean(values))
+    mean = text(float(np.mean(values)))
     if len(values) < 3:
         return mean if len(values) == 1 else f"{mean} ({text(values[0])}, {text(values[1])})"
     low, high = t_interval(values)
@@ -271,9 +271,9 @@ def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
         for norm in {run.norm for run in _firsts(groups) if run.network == network}:
             firsts = zip(groups, _firsts(groups), strict=True)
             here = [name for name, run in firsts if (run.network, run.norm) == (network, norm)]
-            means = {name: np.mean(errors) for name in here if (errors := _errors(groups[name], epoch))}
+            means = {name: float(np.mean(errors)) for name in here if (errors := _errors(groups[name], epoch))}
             if means:
-                best, about = min(means, key=means.get), {NAMES.get(network), NAMES.get(norm)}
+                best, about = min(means, key=means.__getitem__), {NAMES.get(network), NAMES.get(norm)}
                 where = ", ".join(part for part in best.split(", ") if part not in about)
                 to = f" to {max(means.values()):.1f} %" + f" (best with {where})" * bool(where)
                 ends.append((means[best], f"{NAMES.get(norm, norm)} {means[best]:.1f}{to if len(means) > 1 else ' %'}"))

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ def compiled(network: nn.Module, mode: str = "default") -> nn.Module:
     options = torch._inductor.list_mode_options(mode)
     if any(isinstance(module, ConvUnit) and module.is_fast for module in network.modules()):
         options = {**options, "layout_optimization": False}
-    return torch.compile(network, options=options)
+    return cast(nn.Module, torch.compile(network, options=options))
 
 
 @contextlib.contextmanager

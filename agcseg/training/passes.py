@@ -1,6 +1,7 @@
 """What is computed on images during a run: the gradient of a minibatch, and the validation."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from agcseg.training.machine import channels_last
 
 
 def backward(
-    model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None
+    model: Any, images: Tensor, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None
 ) -> Tensor:
     """Add the gradient of a minibatch's mean loss to the parameters' `.grad`, in `config.accumulate` parts.
 
@@ -26,7 +27,8 @@ def backward(
         the mean losses that were added, detached: (1,), that of the classes, or (2,), and that of the contour.
     """
     chunks = [t.chunk(config.accumulate) for t in (images, labels, contours) if t is not None]
-    total, left = 0, config.accumulate
+    left = config.accumulate
+    total: Any = 0
     for some, truth, *borders in zip(*chunks, strict=True):
         left -= 1
         with model.no_sync() if left and parallel.world() > 1 else nullcontext():
@@ -50,19 +52,18 @@ def validate(model: nn.Module, val: Split, weights, num_classes: int, config: Co
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for images, labels, *contours in minibatches(val, config.minibatch // step, device, share=(first, step)):
         outputs = _logits(model, images, config)
-        logits, contour = (outputs.classes, outputs.contour) if contours else (outputs, None)
-        prediction = logits.argmax(1)
+        prediction = (outputs.classes if contours else outputs).argmax(1)
         wrong, labelled, pairs = metrics.count(prediction, labels, num_classes)
         confusion += pairs
         columns = [wrong, labelled, *_losses(outputs, labels, weights, config, *contours)]
         if contours:
-            iou, counts = metrics.count_contours(contour, *contours, labels, config.contour.band)
+            iou, counts = metrics.count_contours(outputs.contour, contours[0], labels, config.contour.band)
             columns += [iou, *counts.T]
         measured.append(torch.stack([column.double() for column in columns], 1))
         for i, position in enumerate(mine[done : done + len(images)]):
             shown.append(prediction[i].byte() if position in wanted else None)
             if contours:
-                shown_contours.append(contour[i, 0].sigmoid() if position in wanted else None)
+                shown_contours.append(outputs.contour[i, 0].sigmoid() if position in wanted else None)
         done += len(images)
     # Only here anything waits for the device. Counts are exact in float64 too.
     shown, shown_contours = ([s if s is None else s.cpu() for s in some] for some in (shown, shown_contours))
@@ -105,7 +106,7 @@ def constant_error(commonest: int, val: Split, num_classes: int, device) -> floa
         labels = val.labels[rows].to(device)
         counts.append(metrics.count(torch.full_like(labels, commonest), labels, num_classes))
     wrong, valid = (torch.cat([count[k] for count in counts]) for k in (0, 1))
-    return metrics.summarise(wrong, valid, sum(count[2] for count in counts))["pixel_error"]
+    return metrics.summarise(wrong, valid, torch.stack([count[2] for count in counts]).sum(0))["pixel_error"]
 
 
 def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: Tensor | None = None) -> Tensor:
@@ -113,7 +114,7 @@ def _losses(outputs, labels: Tensor, weights: Tensor, config: Config, contours: 
     return torch.stack(image_losses(outputs, labels, weights, contours, config.contour.loss, config.contour.band))
 
 
-def _logits(model: nn.Module, images: Tensor, config: Config) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, config: Config) -> Any:  # Tensor, or a ClassNetOutput
     if channels_last(config.channels_last, images.device):
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):

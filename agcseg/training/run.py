@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Opened(NamedTuple):
     layout: Layout
     cached: dict[str, Cached]
     chosen: dict[str, np.ndarray]
-    digests: dict[str, str]
+    digests: dict[str, Any]
 
 
 class Data(NamedTuple):
@@ -169,7 +169,7 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
         try:
             while state.epoch < config.epochs:
                 shown = _epoch(config, state, data, model, train, device, bar)
-                if record:
+                if record and watched is not None:
                     _describe_layers(state, state.epoch, watched)
                     reset_peak_memory(device)  # looking at the layers is not training
                     record.add(state, _painted(config, state, data, *shown), state.epoch == config.epochs)
@@ -243,9 +243,11 @@ def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[T
     order, share = (config.seed, epoch), (parallel.rank(), parallel.world())
     shuffled = minibatches(data.train, config.minibatch, device, order, config.data.flip, share, _augment(config))
     for step, minibatch in enumerate(shuffled, 1):
-        with contextlib.nullcontext({}) if state.kept_mib else keeping(network) as kept:
+        kept: contextlib.AbstractContextManager[dict[int, int]]
+        kept = contextlib.nullcontext({}) if state.kept_mib else keeping(network)
+        with kept as storages:
             losses[step - 1], norm = train(*minibatch)
-        state.kept_mib = state.kept_mib or sum(kept.values()) / 2**20
+        state.kept_mib = state.kept_mib or sum(storages.values()) / 2**20
         gradient_norm += norm
         if state.average:
             state.average.update_parameters(network)
@@ -269,7 +271,8 @@ def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[T
 
 def _augment(config: Config) -> v2.Compose | None:
     options = {key: value for key, value in asdict(config.augment).items() if key != "name"}
-    return transform(tuple(config.data.size), **options)
+    height, width = config.data.size
+    return transform((height, width), **options)
 
 
 def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, watched: Tensor | None) -> dict | None:
@@ -300,11 +303,12 @@ def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, wat
 
 
 def _describe_layers(state: State, epoch: int, watched: Tensor) -> None:
-    signals, factors = layer_signals(state.network, watched), state.gems and (state.gems.factors if epoch else {})
+    signals = layer_signals(state.network, watched)
+    factors = None if state.gems is None else state.gems.factors if epoch else {}
     state.layers += layer_rows(state.network, epoch, signals, factors)
 
 
-def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict | None):
+def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict | None) -> Any:
     """The record, which process 0 keeps; None in the others."""
     if parallel.rank() > 0:
         return contextlib.nullcontext()
@@ -325,7 +329,8 @@ def _open(config: Config) -> Opened:
     """
     data, contours = config.data, kind(config.network.name).contour
     layout, cached = open_data(data, progress, log.info, contours)
-    chosen, digests = {}, {"classes": list(layout.classes.names)}
+    chosen: dict[str, np.ndarray] = {}
+    digests: dict[str, Any] = {"classes": list(layout.classes.names)}
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         available = len(cached[split].names)
         if wanted is not None and wanted > available:

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from agcseg.config import Config, build_network
 from agcseg.errors import UserError
+from agcseg.networks import Network
 from agcseg.nn import GEMS, add_noise
 from agcseg.training import parallel
 from agcseg.training.machine import channels_last
@@ -35,7 +36,7 @@ class State:
         noises: state of the noise's generator in each process, after the last epoch; process 0 saves them.
     """
 
-    network: nn.Module
+    network: Network
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler | None
     average: AveragedModel | None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from agcseg.training.state import State
 EAGER = 3  # steps before a capture: momentum, workspaces, compiled kernels and cuDNN's choices are there then
 
 
-def make_step(config: Config, state: State, model: nn.Module, weights: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def make_step(config: Config, state: State, model: nn.Module, weights: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """The function that trains on one minibatch, of images, labels and, where the network finds them, contours.
 
     Args:
@@ -45,9 +46,7 @@ def _step(config, state: State, model, weights, images, labels, contours=None) -
     return losses, norm
 
 
-def graphed(
-    step: Callable[..., tuple[Tensor, ...]], optimizer: torch.optim.Optimizer
-) -> Callable[..., tuple[Tensor, ...]]:
+def graphed(step: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
     """A step as one CUDA graph: the host asks once for what are hundreds of kernels, which a small minibatch does not
     keep busy for as long as asking for them takes.
 
@@ -64,9 +63,10 @@ def graphed(
     Raises:
         UserError: (the function) the step cannot be captured.
     """
-    calls, replay, rates, inputs, outputs = 0, None, None, [], ()
+    calls, replay, rates, outputs = 0, None, None, None
+    inputs: list[Tensor] = []
 
-    def run(*minibatch: Tensor) -> tuple[Tensor, ...]:
+    def run(*minibatch: Tensor) -> Any:
         nonlocal calls, replay, rates, outputs
         calls += 1
         if calls <= EAGER:
@@ -86,7 +86,7 @@ def graphed(
     return run
 
 
-def capture(call: Callable[[], tuple[Tensor, ...]], optimizer) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+def capture(call: Callable[[], Any], optimizer) -> tuple[Callable[[], None], Any]:
     """What does on the device what `call` would, and where the results then are. Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     adam = [group for group in optimizer.param_groups if "capturable" in group]

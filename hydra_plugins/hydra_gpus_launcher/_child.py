@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import types
+from typing import Any
 
 LOADING = "HYDRA_GPUS_LAUNCHER_LOADS_MAIN"  # set while the main module is imported again
 
@@ -59,7 +60,7 @@ def _run(task: tuple[str, str, int], job: bytes):
 
     setup_globals()
     module, name, depth = task
-    function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     for _ in range(depth):
         function = function.__wrapped__
     _check_gpu()
@@ -87,11 +88,10 @@ def _load_main(name: str | None, path: str | None) -> None:
         return
     os.environ[LOADING] = "1"
     try:
-        content = (
-            runpy.run_module(name, run_name="__mp_main__", alter_sys=True)
-            if name
-            else runpy.run_path(path, run_name="__mp_main__")
-        )
+        if name:
+            content = runpy.run_module(name, run_name="__mp_main__", alter_sys=True)
+        else:
+            content = runpy.run_path(path or "", run_name="__mp_main__")
     except SystemExit:
         raise RuntimeError(
             "the main module ends the program when it is imported: call its Hydra main under if __name__ == '__main__':"

@@ -108,7 +108,7 @@ def _proc(environment: Mapping[str, str]) -> list[tuple[Device, str]] | None:
     """As the driver lists them, without those that a container may not use."""
     if not PROC.is_dir():
         return None
-    found = []
+    found: list[tuple[Device, str]] = []
     for folder in sorted(PROC.iterdir()):
         try:
             about = (folder / "information").read_text()

@@ -149,7 +149,7 @@ def _prepare(launcher, start: dict, overrides: tuple[str, ...], number: int, res
 
 def _reference(task) -> tuple[str, str, int]:
     """Where another process finds the task function: module, name, and how many decorators lie around it there."""
-    module, name = getattr(task, "__module__", None), getattr(task, "__qualname__", "")
+    module, name = str(getattr(task, "__module__", "")), getattr(task, "__qualname__", "")
     try:
         found = functools.reduce(getattr, name.split("."), sys.modules[module])
     except (AttributeError, KeyError):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ._devices import Device, job_environment
@@ -25,6 +26,7 @@ class Job:
     label: str
     file_name: str  # of its files in .jobs
     prepare: Callable[[], tuple[bytes, Path]]  # what the child reads, and the folder of .jobs
+    process: subprocess.Popen = field(init=False)  # once it is started
     state: str = "waiting"
     reason: str = ""
     status: dict = field(default_factory=dict)  # as read last from the status file
@@ -32,14 +34,14 @@ class Job:
     device: Device | None = None
     started: float | None = None
     ended: float | None = None
-    message: bytes | None = None
-    log: Path | None = None
+    message: bytes = b""
+    log: Path | None = None  # once it is claimed
     again: float = 0.0  # not to be tried before, on the monotonic clock
-    process: subprocess.Popen | None = None
     log_start: int = 0
 
     @property
     def status_file(self) -> Path:
+        assert self.log  # claimed
         return self.log.with_suffix(".json")
 
 
@@ -57,8 +59,10 @@ def run_queue(jobs: list[Job], slots: Slots, grace_s: float, show: Callable[[Job
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number, numbers in ((signal.SIGINT, received), (signal.SIGTERM, received), (signal.SIGTSTP, pauses)):
-            handlers[number] = signal.signal(number, lambda number, frame, numbers=numbers: numbers.append(number))
-    waiting, running, deadline = list(jobs), [], None
+            handlers[number] = signal.signal(number, partial(_note, numbers))
+    waiting = list(jobs)
+    running: list[Job] = []
+    deadline: float | None = None
     try:
         while running or (waiting and not received):
             if pauses:
@@ -70,13 +74,13 @@ def run_queue(jobs: list[Job], slots: Slots, grace_s: float, show: Callable[[Job
                 _read_status(job)
                 if _ended(job, bool(received)):
                     running.remove(job)
-                    slots.give_back(job.device)
+                    slots.give_back(job.device)  # type: ignore[arg-type]  # it has started
                     show(job)
             if received and deadline is None:
                 deadline = time.monotonic() + grace_s
                 for job in running:
                     job.process.terminate()
-            elif received and (time.monotonic() > deadline or len(received) > 1):
+            elif deadline is not None and (time.monotonic() > deadline or len(received) > 1):
                 for job in running:
                     _signal_group(job, signal.SIGKILL)
             show(None)
@@ -88,6 +92,10 @@ def run_queue(jobs: list[Job], slots: Slots, grace_s: float, show: Callable[[Job
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return received[0] if received else None
+
+
+def _note(numbers: list[int], number: int, frame) -> None:
+    numbers.append(number)
 
 
 def _pause(running: list[Job]) -> None:
@@ -126,7 +134,7 @@ def _start_some(waiting: list[Job], running: list[Job], slots: Slots, show) -> N
 
 def _claim(job: Job) -> int | None:
     """Lock the job's log file, so that no other launch of the same sweep writes its files."""
-    if job.message is None:
+    if job.log is None:
         job.message, folder = job.prepare()
         folder.mkdir(parents=True, exist_ok=True)
         job.log = folder / f"{job.file_name}.log"
@@ -134,12 +142,13 @@ def _claim(job: Job) -> int | None:
 
 
 def _start(job: Job, device: Device, slots: Slots, lock: int) -> None:
+    assert job.log
     try:
         job.status_file.unlink(missing_ok=True)
         holds = [lock, *slots.lock(device)]
         environment = job_environment(device, slots.number, job.status_file.absolute(), os.environ)
         environment |= {"PYTHONUNBUFFERED": "1", HOLDS: ",".join(map(str, holds))}
-        with open(job.log, "ab") as log:
+        with job.log.open("ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {job.label} on {device.name}\n".encode())
             log.flush()
             job.log_start = log.tell()
@@ -156,6 +165,7 @@ def _start(job: Job, device: Device, slots: Slots, lock: int) -> None:
         os.close(lock)
     job.device, job.started, job.state, job.reason = device, time.time(), "running", ""
     with contextlib.suppress(BrokenPipeError):  # a child that has died already: its exit code will tell
+        assert job.process.stdin
         job.process.stdin.write(job.message)
         job.process.stdin.flush()
 
@@ -167,6 +177,7 @@ def _ended(job: Job, stopping: bool) -> bool:
     _signal_group(job, signal.SIGKILL)  # what it has left behind: data loaders keep memory of the GPU
     code = job.process.wait()
     with contextlib.suppress(BrokenPipeError):
+        assert job.process.stdin
         job.process.stdin.close()
     _read_status(job)
     job.ended = time.time()
@@ -203,6 +214,7 @@ def _read_status(job: Job) -> None:
 
 
 def _last_line(job: Job) -> str:
+    assert job.log
     try:
         with open(job.log, "rb") as log:
             log.seek(max(job.log_start, log.seek(0, os.SEEK_END) - 4096))

@@ -29,10 +29,10 @@ def live_lines(jobs: list[Job], width: int, height: int, now: float, note: str =
 def event_line(job: Job) -> str:
     """One line for a job that has started or ended."""
     if job.state == "running":
-        return f"{job.label}: started on {job.device.name}"
+        return f"{job.label}: started on {_device(job)}"
     if job.state == "waiting":
         return f"{job.label}: waits, {job.reason}"
-    took = f" after {duration(job.ended - job.started)}" if job.ended else ""
+    took = f" after {_took(job)}" if job.ended else ""
     reason = f": {clean(job.reason)}" if job.reason else ""
     where = f" (output in {job.log})" if job.state == "failed" and job.log else ""
     return f"{job.label}: {clean(job.state)}{took}{_error(job, ', error ')}{reason}{where}"
@@ -40,12 +40,11 @@ def event_line(job: Job) -> str:
 
 def final_lines(jobs: list[Job], now: float) -> list[str]:
     """All jobs with how they ended."""
-    rows = [("run", "state", "took", "error", "reason")]
+    rows: list[tuple[str, ...]] = [("run", "state", "took", "error", "reason")]
     for job in jobs:
-        took = duration(job.ended - job.started) if job.ended else ""
         state = "not started" if job.state == "waiting" else clean(job.state)
         where = f" ({job.log})" if job.state == "failed" and job.log else ""
-        rows.append((job.label, state, took, _error(job), clean(job.reason) + where))
+        rows.append((job.label, state, _took(job), _error(job), clean(job.reason) + where))
     return [*_aligned(rows), _totals(jobs, 0, now)]
 
 
@@ -69,11 +68,19 @@ def labels(overrides: list[list[str]]) -> list[str]:
 
 
 def _live_cells(job: Job, now: float) -> tuple[str, ...]:
-    device = job.device.name if job.device else ""
+    device = _device(job)
     if job.state in ("waiting", "failed"):
         return (job.label, job.state, device, job.reason if job.state == "waiting" else "", "", "")
     progress = job.status.get("progress") or ("starting" if job.state == "running" else "")
     return (job.label, clean(job.state), device, clean(progress), _error(job), _left(job, now))
+
+
+def _device(job: Job) -> str:
+    return job.device.name if job.device else ""
+
+
+def _took(job: Job) -> str:
+    return duration(job.ended - job.started) if job.started is not None and job.ended else ""
 
 
 def _error(job: Job, before: str = "") -> str:
@@ -83,8 +90,9 @@ def _error(job: Job, before: str = "") -> str:
 
 def _left(job: Job, now: float) -> str:
     eta = job.status.get("eta_s")
-    known = job.state == "running" and isinstance(eta, (int, float)) and 0 <= eta < 1e9
-    return duration(eta - (now - job.told)) if known else ""
+    if job.state != "running" or not isinstance(eta, (int, float)) or not 0 <= eta < 1e9:
+        return ""
+    return duration(eta - (now - job.told))
 
 
 def _totals(jobs: list[Job], folded: int, now: float) -> str:

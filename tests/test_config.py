@@ -361,7 +361,8 @@ def test_configs_are_plain_yaml():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-m", "--cfg=job", "--config-name=train", "~hydra.launcher", "minibatch=1,4"],
+        ["-m", "--config-name=train", "~hydra.launcher", "minibatch=1,4"],
+        ["--cfg=job", "--resolve", "~hydra.launcher"],
         ["-sc", "install=bash"],
         ["--shell-completion", "query=bash"],
         ["-cd", "outputs/t/segnet-agc-mb4-data.size=32x64", "-cn", "config", "--info", "defaults"],
@@ -370,6 +371,14 @@ def test_configs_are_plain_yaml():
 )
 def test_flags_of_hydra_are_not_taken_for_values(arguments):
     assert hydra_arguments("agcseg-train", arguments, Config) == arguments
+
+
+@pytest.mark.parametrize("arguments", ["-m --cfg job", "--run -m", "-m -i", "--cfg hydra --resolve", "--resolve"])
+def test_flags_that_hydra_answers_with_a_traceback(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        hydra_arguments("agcseg-train", arguments.split(), Config)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,21 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         return f"{key}={value}"
 
     try:
+        _check_flags(flags)
         return [override(text) if any(text is other for other in flags.overrides) else str(text) for text in arguments]
     except UserError as error:
         fail(program, error)
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Those that Hydra would end in a traceback."""
+    alone = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(flags, name)]
+    if len(alone) > 1:
+        raise UserError(f"{' and '.join(alone)}: only one of them at a time")
+    if flags.resolve and not (flags.cfg or flags.help):
+        raise UserError("--resolve: only with --cfg")
+    if flags.resolve and flags.cfg == "hydra":
+        raise UserError("--cfg hydra --resolve: Hydra's settings refer to the program's; --cfg all --resolve has both")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> tuple[list[str], set[str]]:

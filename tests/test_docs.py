@@ -306,12 +306,15 @@ class Page:
     def ruff(self, arguments: list[str]) -> None:
         assert arguments == ["check", "."]
 
+    def mypy(self, arguments: list[str]) -> None:
+        assert not arguments  # pyproject.toml says what
+
     def script(self, program: str, arguments: list[str]) -> None:
         """The script itself, in a checkout whose programs only write down how they are called."""
         checkout = Path("checkout").absolute()
         shutil.copytree(ROOT / "scripts", checkout / "scripts", dirs_exist_ok=True)
         (checkout / "scripts/setup").write_text("#!/bin/sh\n")
-        for name in ("python", "ruff", "agcseg-train", "agcseg-report"):
+        for name in ("python", "ruff", "mypy", "agcseg-train", "agcseg-report"):
             stub = checkout / ".venv/bin" / name
             stub.parent.mkdir(parents=True, exist_ok=True)
             stub.write_text(f'#!/bin/sh\necho "{name} $*" >> {checkout}/calls\n')

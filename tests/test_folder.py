@@ -238,6 +238,11 @@ def test_what_cannot_be_drafted(tmp_path):
     shutil.rmtree(root / "labels")
     with pytest.raises(UserError, match="labels/train: no such folder"):
         write_draft(data_of(root))
+    shutil.move(root / "images/train", root / "flat")
+    shutil.rmtree(root / "images")
+    shutil.move(root / "flat", root / "images")
+    with pytest.raises(UserError, match="images holds pictures itself: .*'images/{name}' .* data.val_share=0.2"):
+        write_draft(data_of(root))
     with pytest.raises(UserError, match="drafts the classes of data=folder"):
         write_draft(DataConfig("camvid", str(root)))
 

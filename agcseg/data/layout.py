@@ -103,7 +103,8 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
             problems += twice
             unused += others if what == "images" else []
         elif what != "instances":
-            problems.append(UserError(f"{folder}: no such folder{comes.get(what, '')}{_elsewhere(root, pattern)}"))
+            hint = _elsewhere(root, pattern) or _without_splits(layout, root) * (what == "images")
+            problems.append(UserError(f"{folder}: no such folder{comes.get(what, '')}{hint}"))
     if not {"images", "labels"} <= found.keys():
         return Listing([], problems, [], unused)
     if not found["images"]:
@@ -187,6 +188,18 @@ def _elsewhere(root: Path, pattern: str) -> str:
             if (folder / fixed).is_dir():
                 return f"; but there is {folder / fixed}: data.root must be a folder that holds everything"
     return ""
+
+
+def _without_splits(layout: Layout, root: Path) -> str:
+    """A hint where the pictures of a folder of one's own lie in one place, not in one for each split."""
+    before, split, _ = layout.images.partition("{split}")
+    folder = root / before
+    if layout.name != "folder" or not (split and folder.is_dir() and any(map(is_picture, folder.iterdir()))):
+        return ""
+    return (
+        f"; {folder} holds pictures itself: without folders train and val add data.folder.images='images/{{name}}' "
+        "data.folder.labels='labels/{name}' data.val_share=0.2"
+    )
 
 
 def list_samples(

@@ -10,18 +10,10 @@ from fake_figure1 import PAPER, make_figure1
 
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report import cells, figure1, read_folders, read_runs, t_interval, verdicts
-from agcseg.report.compare import by_images, common_epoch, compare, is_figure1, relative
-from agcseg.report.measures import (
-    bootstrap,
-    decide,
-    final_error,
-    levels,
-    spike_rate,
-    spike_size,
-    spikes,
-    spikes_per_epoch,
-)
+from agcseg.report import cells, read_folders, read_runs, t_interval, verdicts
+from agcseg.report.claims import decide, levels, spike_rate, spike_size, spikes, spikes_per_epoch
+from agcseg.report.compare import bootstrap, by_images, common_epoch, is_figure1, paired, reached, relative
+from agcseg.report.figures import figure1
 
 YES, NO, OPEN = "supported", "not supported", "not enough data"
 BN, AGC = Setting("segnet", "bn", 4, 0.08), Setting("segnet", "agc", 4, 0.08)
@@ -101,14 +93,14 @@ def test_one_seed_decides_no_training_but_says_where_it_leans(tmp_path):
     assert [answer.verdict for answer in answers] == [OPEN] * 6 + [YES]
     assert [answer.leaning for answer in answers] == [YES] * 6 + [""]
     assert answers[0].answer == "not enough data (leans to supported)"
-    assert "over its 40 validation images only, not over trainings" in answers[0].parts[0].basis
+    assert "over its 40 validation images only, not over trainings" in answers[0].parts[0].estimate.basis
     worse = verdict(1, tmp_path / "worse", seeds=(1,), runs=PAIR, shift=is_agc(3.0))
     assert (worse.verdict, worse.leaning) == (OPEN, NO)
 
 
 def test_one_diverged_run_decides(tmp_path):
     answer = verdict(1, tmp_path, seeds=(1,), runs=PAIR, diverged=lambda of, seed: of == AGC)
-    assert answer.verdict == NO and "1 of 2 runs diverged" in answer.parts[0].basis
+    assert answer.verdict == NO and "1 of 2 runs diverged" in answer.parts[0].estimate.basis
     assert "+inf" in answer.parts[0].measured
 
 
@@ -125,8 +117,8 @@ def test_a_run_that_diverged_in_its_first_epoch_is_an_answer(tmp_path):
     assert len(runs) == 18 and not broken and not notes
     answers = verdicts(cells(runs)[0])
     assert [answer.verdict for answer in answers] == [NO, OPEN, OPEN, NO, YES, YES, YES]
-    assert "1 of 6 runs diverged" in answers[0].parts[0].basis
-    assert answers[6].parts[0].basis.startswith("2 seeds, paired")
+    assert "1 of 6 runs diverged" in answers[0].parts[0].estimate.basis
+    assert answers[6].parts[0].estimate.basis.startswith("2 seeds, paired")
     figure1(cells(runs)[0])
 
 
@@ -148,7 +140,7 @@ def test_missing_runs_are_named(tmp_path):
 def test_unfinished_runs_are_compared_where_all_have_been_and_decide_nothing(tmp_path):
     part = verdict(1, tmp_path, runs=PAIR, reached=lambda of, seed: 8 if (of, seed) == (AGC, 2) else 99).parts[0]
     assert (part.verdict, part.leaning) == (OPEN, YES)
-    assert part.answer.endswith(": the runs are unfinished") and part.basis.endswith("at epoch 8 of 12")
+    assert part.answer.endswith(": the runs are unfinished") and part.estimate.basis.endswith("at epoch 8 of 12")
     make_figure1(tmp_path / "new", runs=(BN, AGC), reached=lambda of, seed: 10 if of == BN else 1)
     runs = read_runs(tmp_path / "new")
     assert common_epoch(runs) == 1
@@ -235,10 +227,10 @@ def test_pairs_are_taken_by_seed(tmp_path):
     for seed in (1, 2, 3):  # seeds differ by far more than the two sides do
         kept[BN][seed].metrics.loc[20, "pixel_error"] = 0.1 * seed
         kept[AGC][seed].metrics.loc[20, "pixel_error"] = 0.1 * seed + 0.01 + 0.001 * seed
-    estimate = compare(kept[AGC], kept[BN], final_error)
+    estimate = paired(kept[AGC], kept[BN], reached)
     assert estimate.value == pytest.approx(1.2) and estimate.high - estimate.low < 0.6
     assert (estimate.low, estimate.high) == pytest.approx(t_interval([1.1, 1.2, 1.3]))
-    assert "same seed" in compare({1: kept[AGC][1]}, {2: kept[BN][2]}, final_error)
+    assert "same seed" in paired({1: kept[AGC][1]}, {2: kept[BN][2]}, reached).weak
 
 
 def test_bootstrap_over_images_is_paired_and_agrees_with_theory(tmp_path):

@@ -18,20 +18,9 @@ from PIL import Image
 from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
-from agcseg.report import (
-    Run,
-    by_setting,
-    cells,
-    figure,
-    figure1,
-    lambda_figure,
-    read_folders,
-    read_runs,
-    reference_of,
-    summarise,
-    write_report,
-)
-from agcseg.report.tables import environment_table, reached_table
+from agcseg.report import Run, by_setting, cells, read_folders, read_runs, reference_of, write_report
+from agcseg.report.figures import figure, figure1, lambda_figure
+from agcseg.report.page import environment_table, reached_table, summarise
 
 ROOT = Path(__file__).parents[1]
 HEADER = (
@@ -176,7 +165,7 @@ def test_nothing_to_report(tmp_path, folder, capsys):
 
 
 def test_files_written(folder):
-    paths, answers = write_report(folder)
+    paths, _ = write_report(folder)
     assert sorted(p.name for p in paths) == [
         "figure.png", "forest.png", "predictions.png", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
@@ -314,7 +303,7 @@ def test_report_of_figure1(tmp_path, capsys):
     for size, name in zip(sizes, ("figure1.png", "predictions.png", "forest.png", "lambda.png"), strict=True):
         with Image.open(folder / name) as there:
             assert there.size == size and f"]({name})" in text
-    assert 'class="answer not-enough-data">not enough data' in page and 'class="answer supported">supported' in page
+    assert '<td class="not-enough-data"><b>not enough data' in page and '<td class="supported"><b>supported' in page
     for content in (page, text):
         assert "11 of the 12 settings of Figure 1 are there" in content and "Cityscapes, 256x512, 150 epochs" in content
         assert "needs SegNet AGC, minibatch 8, rate 0.32" in content

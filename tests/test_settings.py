@@ -11,21 +11,11 @@ from fake_sweep import make_run, make_sweep
 from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
-from agcseg.report import (
-    by_setting,
-    differences_table,
-    figure,
-    lambda_starts_figure,
-    read_folders,
-    read_runs,
-    reference_of,
-    settings_table,
-    t_interval,
-)
+from agcseg.report import by_setting, read_folders, read_runs, reference_of, t_interval
 from agcseg.report.compare import of_settings
-from agcseg.report.figures import setting_styles
+from agcseg.report.figures import figure, lambda_starts_figure, setting_styles
+from agcseg.report.page import costs_compared, differences_table, lambda_memory, lambda_starts, settings_table
 from agcseg.report.read import NAMES, NORMS
-from agcseg.report.tables import costs_compared, lambda_memory, lambda_starts
 
 GEMS = [{"gems.mode": mode} for mode in (None, "minibatch", "sample")]
 
@@ -35,8 +25,8 @@ def compared(runs, reference=None):
     return groups, reference_of(groups, reference), notes
 
 
-def table(folder, reference=None):
-    return settings_table(*compared(read_runs(folder), reference)[:2]).T.to_dict()
+def table(folder):
+    return settings_table(by_setting(read_runs(folder))[0]).T.to_dict()
 
 
 def differences(folder, reference=None):
@@ -187,7 +177,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     with pytest.raises(
         UserError, match="no setting is named 'gmes'; choose from: GEMS minibatch; GEMS sample; no GEMS"
     ):
-        table(tmp_path, "gmes")
+        differences(tmp_path, "gmes")
 
 
 def test_a_diverged_and_an_unfinished_setting_have_no_values(tmp_path):

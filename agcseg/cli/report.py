@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from agcseg.cli import program, show
-from agcseg.report import MARGIN, by_setting, headline, read_folders, reference_of, settings_table, write_report
+from agcseg.report import MARGIN, read_folders, write_report
 
 EPILOG = """\
 example:
@@ -65,19 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     joined = folders[0].resolve().parent / "+".join(folder.resolve().name for folder in folders)
     out = Path(arguments.out) if arguments.out else folders[0] if len(folders) == 1 else joined
     runs, broken, notes = read_folders(*folders)
-    paths, answers = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
-    groups, _ = by_setting(runs)
-    reference = reference_of(groups, arguments.reference)
+    paths, page = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
 
     states = Counter(run.state for run in runs)
     show(f"{' '.join(map(str, folders))}: " + ", ".join(f"{number} {state}" for state, number in states.items()))
-    show(f"{headline(runs, groups, any(path.name == 'figure1.png' for path in paths))}\n")
-    show(settings_table(groups, reference).to_string(index=False).replace("**", "") + "\n")
-    for answer in answers:
+    show(f"{page['headline']}\n")
+    show(page["results"].to_string(index=False).replace("**", "") + "\n")
+    for answer in page["answers"]:
         show(f"claim {answer.number}: {answer.claim}: {answer.answer}")
-    if answers:
+    if page["answers"]:
         show("")
-    for note in [*(f"{run.name} diverged: {run.reason}" for run in runs if run.reason), *notes]:
+    for note in page["notes"]:
         show(f"note: {note}")
     for line in broken:
         print(f"agcseg-report: broken: {line}", file=sys.stderr)

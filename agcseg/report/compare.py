@@ -1,4 +1,4 @@
-"""Which runs may be compared with which, what differs between them in a few plain words, and by how much they differ.
+"""What a run measured, which runs may be compared, and what differs between them, in words and by how much.
 
 Runs are compared only if all their settings agree but those that are compared and those that change nothing that is
 computed. The seeds decide: two trainings that differ in rounding alone can end points apart, so one pair of runs has no
@@ -8,21 +8,32 @@ interval that covers the noise of training, and decides nothing (but a diverged 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import sub
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report.measures import bootstrap, final_error, t_interval
 from agcseg.report.read import NAMES, NORMS, Run, describe
 
 PAIRED = {"norm", "minibatch", "rate"}  # what may differ between the two sides of a comparison
 # What the claims of the paper are about; where runs differ in more, they are judged on those like the reference.
 PAPER_VARIES = {"norm", "network", "width", "data", "size", "epochs", "minibatch", "rate"}
 UNSAID = ("no noise", "no GEMS", "background map")  # said only where there is nothing else to say
+STEADY = 0.1  # of a speed, see `unsteady`
+SCALE = {"pixel_error": 100, "miou": 100}  # for people: %
+MEASURES = {  # heading: column of metrics.csv, over how many of the last epochs (0: all), decimals, what is best
+    "error, %": ("pixel_error", 1, 1, "min"),
+    "last three, %": ("pixel_error", 3, 1, "min"),
+    "all epochs, %": ("pixel_error", 0, 1, "min"),
+    "mIoU, %": ("miou", 1, 1, "max"),
+    "loss": ("val_loss", 1, 3, "min"),
+}
 
 Seeds = dict[int, Run]  # the runs of one setting
 Cells = dict[Setting, Seeds]
@@ -32,12 +43,17 @@ Settings = dict[str, Seeds]  # the runs of each setting, by its name
 class Estimate(NamedTuple):
     """A value with its 95 % interval (nan without one)."""
 
-    value: float
-    low: float
-    high: float
-    basis: str  # what the interval is over
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    basis: str = ""  # what the interval is over; empty where there is no estimate
     weak: str = ""  # why it decides nothing; empty if it does
     leans: bool = True  # whether it says anything at all
+
+
+def missing(what: str) -> Estimate:
+    """No estimate, and what it would need."""
+    return Estimate(weak=what, leans=False)
 
 
 def label(of: Setting) -> str:
@@ -53,16 +69,13 @@ def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
     but of each norm's runs only those with the commonest options stay.
     """
 
-    def settings(run: Run) -> dict[str, str]:
-        return {key: text for key, text in run.words.items() if key not in PAIRED and key not in options(run)}
+    def options(run: Run, wanted: bool = True) -> dict[str, str]:
+        words = {key: text for key, text in run.words.items() if key not in PAIRED}
+        return {key: text for key, text in words.items() if key.startswith(f"{run.norm}:") == wanted}
 
-    def options(run: Run) -> dict[str, str]:
-        return {key: text for key, text in run.words.items() if key.startswith(f"{run.norm}:")}
-
-    kept: Cells = {}
-    notes: list[str] = []
+    kept, notes = {}, []
     for network in dict.fromkeys(run.network for run in runs):
-        group = _alike([run for run in runs if run.network == network], settings, notes)
+        group = _alike([run for run in runs if run.network == network], partial(options, wanted=False), notes)
         for norm in dict.fromkeys(run.norm for run in group):
             for run in _alike([run for run in group if run.norm == norm], options, notes):
                 of = Setting(run.network, run.norm, run.minibatch, float(f"{run.rate:.4g}"))
@@ -114,8 +127,7 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
         return ", ".join([text for text in texts if text not in UNSAID] or texts or [run.words["norm"]])
 
     keys, common = varying(runs), usual(runs)
-    groups: Settings = {}
-    notes: list[str] = []
+    groups, notes = {}, []
     names = {run.name: name(run) for run in runs}
     for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
         keep(groups.setdefault(names[run.name], {}), run, notes)
@@ -129,10 +141,8 @@ def varying(runs: list[Run]) -> list[str]:
     def differs(key: str) -> bool:
         owner = key.partition(":")[0] if ":" in key else ""
         of = [run for run in runs if not owner or owner in (run.norm, run.network)]
-        apart = len({(run.words["augment"], run.words.get(key)) for run in of}) - len(
-            {run.words["augment"] for run in of}
-        )
-        return apart > 0 if key.startswith("augment.") else len({run.words.get(key) for run in of}) > 1
+        kinds = [run.words["augment"] if key.startswith("augment.") else "" for run in of]
+        return len({*zip(kinds, (run.words.get(key) for run in of), strict=True)}) > len({*kinds})
 
     return [key for key in dict.fromkeys(key for run in runs for key in run.words) if differs(key)]
 
@@ -163,7 +173,7 @@ def reference_of(groups: Settings, name: str | None = None) -> str:
             if known.casefold() == name.casefold():
                 return known
         raise UserError(f"no setting is named {name!r}; choose from: {'; '.join(groups)}")
-    runs = [run for seeds in groups.values() for run in seeds.values()]
+    runs = all_runs(groups)
     keys = varying(runs)
     default = describe({"norm": {"name": "agc"}, "network": {"name": "segnet"}}) | usual(runs)
 
@@ -184,12 +194,14 @@ def like(runs: list[Run], reference: Run) -> list[Run]:
     return [run for run in runs if {*varying([reference, run])} <= PAIRED]
 
 
-def shared(runs: list[Run]) -> str:
-    """What the settings share, such as "SegNet, width 0.25, CamVid 64x128, 30 epochs; AGC, init he, minibatch 4"."""
-    keys, words = varying(runs), runs[0].words
-    texts = [words[key] for key in ("norm", "init", "minibatch", "momentum", "rate") if key not in keys]
-    texts += [f"{text} unless said" for text in usual(runs).values() if text not in UNSAID]
-    return "; ".join([*dict.fromkeys(run.title for run in runs), *[", ".join(texts)][: len(texts)]])
+def all_runs(groups: Settings | Cells) -> list[Run]:
+    """Of all settings and seeds."""
+    return [run for seeds in groups.values() for run in seeds.values()]
+
+
+def firsts(groups: Settings) -> dict[str, Run]:
+    """A run of each setting: what it is set up like."""
+    return {name: next(iter(seeds.values())) for name, seeds in groups.items()}
 
 
 def common_epoch(runs: list[Run]) -> int:
@@ -199,23 +211,72 @@ def common_epoch(runs: list[Run]) -> int:
 
 def epoch_of(groups: Settings) -> int:
     """At which settings are compared: the last that all finished runs have, or if none is finished, all runs."""
-    runs = [run for seeds in groups.values() for run in seeds.values()]
-    return common_epoch([run for run in runs if run.state == "finished"] or runs)
+    return common_epoch([run for run in all_runs(groups) if run.state == "finished"] or all_runs(groups))
 
 
-def held(seeds: Seeds, epoch: int) -> Seeds:
-    """The seeds that have come to an epoch and did not diverge."""
-    return {seed: run for seed, run in seeds.items() if run.held and run.last_epoch >= epoch}
+def reached(run: Run, epoch: int, column: str = "pixel_error", last: int = 1) -> float:
+    """Mean of a column of metrics.csv over the `last` epochs up to one (0: over all), `SCALE` times.
+
+    Infinite for a diverged run, nan where something was not measured.
+    """
+    values = run.column(column).reindex(range(1, epoch + 1)).iloc[-last:]
+    return SCALE.get(column, 1) * float(values.mean(skipna=False)) if run.held else math.inf
 
 
-def by_error(groups: Settings, epoch: int) -> list[str]:
+def speeds(run: Run) -> np.ndarray:
+    """Images per second of each epoch, the first left out where there are others: it warms up."""
+    values = run.column("images_per_second").to_numpy(float)
+    values = values[1:] if len(values) > 1 else values
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def speed(run: Run) -> float:
+    """Median images per second."""
+    return float(np.median(speeds(run))) if len(speeds(run)) else math.nan
+
+
+def unsteady(runs: Iterable[Run]) -> str:
+    """What makes the speed of runs of one setting say little: that it varied; empty if it did not.
+
+    By no more than `STEADY` in the middle 80 % of their epochs; else other programs used the device too.
+    """
+    values = np.concatenate([np.empty(0), *map(speeds, runs)])
+    span = np.ptp(np.percentile(values, (10, 90))) / np.median(values) if len(values) else 0.0
+    return f"it varied by {span:.0%} within one setting, as if other programs ran too" if span > STEADY else ""
+
+
+def memory(run: Run, of: str = "training") -> float:
+    """MiB; nan for a run that is older than the figure.
+
+    Args:
+        of: "training": peak of what training adds to the idle network; "kept": for backward in a step; "process": peak
+            of the whole process, Python and torch included, or on a GPU of CUDA's counter.
+    """
+    columns = {"training": "training_memory_mib", "kept": "kept_for_backward_mib", "process": "peak_memory_mib"}
+    values = run.column(columns[of])
+    return float(values[values > 0].max())
+
+
+def measured(groups: Settings) -> pd.DataFrame:
+    """`MEASURES` by setting and seed at the epoch of comparison; nan for what is not finite.
+
+    Of the runs that have come to it and did not diverge.
+    """
+    epoch = epoch_of(groups)
+    rows = [
+        {"setting": name, "seed": seed} | {heading: reached(run, epoch, *of[:2]) for heading, of in MEASURES.items()}
+        for name, seeds in groups.items()
+        for seed, run in seeds.items()
+        if run.held and run.last_epoch >= epoch
+    ]
+    table = pd.DataFrame(rows, columns=["setting", "seed", *MEASURES]).set_index(["setting", "seed"]).astype(float)
+    return table.where(np.isfinite(table))
+
+
+def by_error(groups: Settings) -> list[str]:
     """The names of settings by their final error; those that have none are the last."""
-
-    def error(name: str) -> float:
-        values = [final_error(run, epoch) for run in held(groups[name], epoch).values()]
-        return float(np.mean([value for value in values if math.isfinite(value)] or math.inf))
-
-    return sorted(groups, key=error)
+    means = measured(groups)["error, %"].groupby("setting").mean().reindex([*groups])
+    return means.sort_values(kind="stable").index.tolist()
 
 
 def unlike(runs: list[Run]) -> str:
@@ -234,22 +295,41 @@ def unlike(runs: list[Run]) -> str:
     return ""
 
 
-def difference(ours: float, theirs: float) -> float:
-    return ours - theirs
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two values (Student's t)."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def relative(ours: float, theirs: float) -> float:
-    return ours / theirs - 1
+def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of a statistic of paired samples, drawn 2000 times from a fixed seed.
+
+    Args:
+        statistic: of samples along the last axis.
+        samples: of at least two values each; with fewer the interval is nan.
+    """
+    if len(samples[0]) < 2:
+        return math.nan, math.nan
+    drawn = stats.bootstrap(
+        samples, lambda *parts, axis=-1: statistic(*parts), paired=True, vectorized=True, n_resamples=2000,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def compare(
+def relative(ours, theirs):
+    """How much larger one is, such as 0.1 for a tenth; of numbers or arrays."""
+    return np.divide(ours, theirs) - 1
+
+
+def paired(
     ours: Seeds,
     theirs: Seeds,
     measure: Callable[[Run, int], float],
-    gap: Callable[[float, float], float] = difference,
+    gap: Callable[[float, float], float] = sub,
     resample: Callable[[Run, Run, int], tuple[float, float, str] | None] | None = None,
     source: str = "metrics.csv",
-) -> Estimate | str:
+) -> Estimate:
     """How far one side is from the other, paired by seed, at the last epoch that all these runs have reached.
 
     Args:
@@ -257,46 +337,43 @@ def compare(
         gap: of two measures.
         resample: interval and its basis for a single pair of runs; it is shown, but does not decide.
         source: the file that `measure` needs.
-
-    Returns:
-        the estimate, or what is missing for one.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
-        return "needs runs with the same seed on both sides"
+        return missing("needs runs with the same seed on both sides")
     runs = [side[seed] for seed in seeds for side in (ours, theirs)]
-    epoch = common_epoch(runs)
-    if not epoch and any(run.held for run in runs):
-        return "needs an epoch that all of the runs have finished"
-    measured = {run.name: measure(run, epoch) for run in runs}
-    unmeasured = [name for name, value in measured.items() if math.isnan(value)]
+    epoch, going = common_epoch(runs), any(run.held for run in runs)
+    if not epoch and going:
+        return missing("needs an epoch that all of the runs have finished")
+    values = [measure(run, epoch) for run in runs]
+    unmeasured = [run.name for run, value in zip(runs, values, strict=True) if math.isnan(value)]
     if unmeasured:
-        return f"needs {source} of {', '.join(unmeasured)}"
-    pairs = [(measured[ours[seed].name], measured[theirs[seed].name]) for seed in seeds]
-    gaps = [(difference if math.inf in pair else gap)(*pair) for pair in pairs if pair != (math.inf, math.inf)]
+        return missing(f"needs {source} of {', '.join(unmeasured)}")
+    pairs = zip(values[::2], values[1::2], strict=True)
+    gaps = [(sub if math.inf in pair else gap)(*pair) for pair in pairs if pair != (math.inf, math.inf)]
     if not gaps:
-        return "both sides diverged"
-    n, value, weak, leans = len(gaps), float(np.mean(gaps)), "", True
+        return missing("both sides diverged")
+    n, weak, leans = len(gaps), "", True
     if np.isinf(gaps).any():
         low, high, basis = min(gaps), max(gaps), f"{n} seed{'s' * (n > 1)}"
     elif n > 1:
         (low, high), basis = t_interval(gaps), f"{n} seeds, paired"
     else:
-        found = resample(ours[seeds[0]], theirs[seeds[0]], epoch) if resample and len(seeds) == 1 else None
+        found = resample(*runs, epoch) if resample and len(seeds) == 1 else None
         low, high, basis = found or (math.nan, math.nan, "one seed, no interval")
         weak = "one seed"
-    planned, diverged = runs[0].epochs, sum(not run.held for run in runs)
+    diverged = sum(not run.held for run in runs)
     basis += f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
-    if epoch < planned and any(run.held for run in runs):
-        basis, weak = f"{basis}, at epoch {epoch} of {planned}", "the runs are unfinished"
+    if epoch < runs[0].epochs and going:
+        basis, weak = f"{basis}, at epoch {epoch} of {runs[0].epochs}", "the runs are unfinished"
         leans = not math.isnan(low)
     if all(run.at("pixel_error", epoch) >= run.commonest_class_error for run in runs):
         weak, leans = "no run is better than naming the commonest class", False
-    return Estimate(value, low, high, basis, weak, leans)
+    return Estimate(float(np.mean(gaps)), low, high, basis, weak, leans)
 
 
-def by_images(column: str, gap: Callable = difference, scale: float = 1) -> Callable:
-    """For `compare`: resampling of validation images, paired; of a column of `Run.images`."""
+def by_images(column: str, gap: Callable = sub, scale: float = 1) -> Callable:
+    """For `paired`: resampling of validation images, paired; of a column of `Run.images`."""
 
     def resample(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str] | None:
         if ours.images is None or theirs.images is None or {*ours.images.index} != {*theirs.images.index}:

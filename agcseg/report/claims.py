@@ -7,7 +7,7 @@ number. A part that may not decide (one seed, unfinished runs) says where it lea
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import pandas as pd
 from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
 from agcseg.report import compare
-from agcseg.report.compare import Cells, Estimate, Seeds, missing, reached, t_interval
+from agcseg.report.compare import Cells, Estimate, Seeds, missing, over_seeds, reached
 from agcseg.report.read import NAMES, Layers, Run
 
 SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH = "supported", "not supported", "not enough data"
@@ -34,17 +34,6 @@ FEWEST_EPOCHS = 5  # to time a run
 FEWEST_STEPS = 500  # to count a run's spikes
 WINDOW, SHORTEST, FACTOR = 100, 20, 3.0  # of `spikes`
 
-CLAIMS = (
-    "AGC equals batch normalisation (BN) in final error",
-    "with the rate scaled by the minibatch, AGC's error curves coincide, and BN's do not at minibatch 1",
-    "at minibatch 8, AGC's best rate is 0.16",
-    "AGC's validation loss is slightly higher",
-    "training spikes are more frequent and larger with BN",
-    "λ is between 0 and 2, about 1 in the deepest layers, near 0 at the classifier",
-    "AGC is faster and takes significantly less memory",
-)
-
-Condition = tuple[str, int, float]  # network, minibatch and rate: what the two sides of BN against AGC share
 Band = tuple[float, float]
 
 
@@ -136,91 +125,53 @@ def verdicts(cells: Cells, margin: float = MARGIN, figure1: bool = True) -> list
     """
     if not 0 < margin < math.inf:
         raise UserError(f"margin {margin:g}: must be positive, in points of pixel error (1 is usual)")
-    pairs, timed = [("segnet", 4, 0.08), ("classnet", 4, 0.08)], [("segnet", 8, 0.16)]
-    agc = [Setting(network, "agc", minibatch, rate) for network, minibatch, rate in pairs]
-    if not figure1:
-        agc = [of for of in cells if of.norm == "agc"]
-        timed = pairs = [(of.network, of.minibatch, of.rate) for of in agc if of._replace(norm="bn") in cells]
-    answers = [Verdict(number, claim, []) for number, claim in enumerate(CLAIMS, start=1)]
-    for number, what, how, settings, *expected in _questions(cells, margin, pairs, agc, timed):
-        lacking = [compare.label(of) for of in settings if of not in cells]
-        found = missing(f"needs {' and '.join(lacking)}") if lacking else how(*(cells[of] for of in settings))
-        answers[number - 1].parts.append(Part(what, found, *expected))
+    sides, answers = _sides(cells, figure1), []
+    for number, (claim, *rows) in enumerate(CLAIMS, start=1):
+        parts = []
+        for kind, what, how, band, form in rows:
+            band = {EQUAL: (-margin, margin), WORSE: (margin, math.inf)}.get(band, band)
+            for where, *settings in sides[kind]:
+                lacking = " and ".join(compare.label(of) for of in settings if of not in cells)
+                found = missing(f"needs {lacking}") if lacking else how(*(cells[of] for of in settings))
+                parts.append(Part(where + what, found, band, form))
+        answers.append(Verdict(number, claim, parts))
     return [answer for answer in answers if figure1 or any(part.known for part in answer.parts)]
 
 
-def _questions(
-    cells: Cells, margin: float, pairs: list[Condition], agc: list[Setting], timed: list[Condition]
-) -> Iterator[tuple]:
-    """What is asked of the runs: number of the claim, what is measured, how, of which settings; band, format."""
-    errors = partial(compare.paired, measure=reached, resample=compare.by_images("wrong", scale=100))
-    loss, mean = partial(reached, column="val_loss"), partial(compare.paired, measure=partial(reached, last=0))
-    losses = partial(
-        compare.paired, measure=loss, gap=compare.relative, resample=compare.by_images("loss", compare.relative)
-    )
-    above_0, equal = (0, math.inf), (-margin, margin)
-    for of in pairs:
-        where, ours, theirs = _both(of)
-        yield 1, f"{where}: error of AGC − BN, points", errors, (ours, theirs), equal
-        yield 4, f"{where}: loss of AGC ÷ BN − 1", losses, (ours, theirs), (0, SLIGHTLY), "+.1%"
-        yield 5, f"{where}: spikes per 1000 steps, BN − AGC", _spike_rates, (theirs, ours), above_0
-        yield 5, f"{where}: size of a spike in doublings, BN − AGC", _spike_sizes, (theirs, ours), above_0
+def _sides(cells: Cells, figure1: bool) -> dict[str, list[tuple]]:
+    """What is compared with what: kind of `CLAIMS` -> words and settings of each comparison."""
+
+    def pairs(agc: list[Setting]) -> list[tuple]:
+        where = "{}, minibatch {}, rate {:g}: "
+        return [(where.format(NAMES.get(of.network, of.network), *of[2:]), of, of._replace(norm="bn")) for of in agc]
+
+    def scaled(norm: str, ours: tuple, theirs: tuple) -> tuple:
+        what = f"SegNet {NAMES[norm]}, error at minibatch {ours[0]} − {theirs[0]}, points, "
+        return what, Setting("segnet", norm, *ours), Setting("segnet", norm, *theirs)
+
     one, four, eight = SCALED
-    for norm, *two, band in (
-        ("agc", one, four, equal),
-        ("agc", eight, four, equal),
-        ("agc", one, eight, equal),
-        ("bn", one, four, (margin, math.inf)),
-    ):
-        what = "SegNet {}, error at minibatch {} − {}, points".format(NAMES[norm], *(minibatch for minibatch, _ in two))
-        settings = [Setting("segnet", norm, *of) for of in two]
-        yield 2, f"{what}, at the end", errors, settings, band
-        yield 2, f"{what}, mean over the epochs", mean, settings, band
-    best = Setting("segnet", "agc", 8, 0.16)
-    for rate in (0.08, 0.32, 0.64):
-        yield 3, f"SegNet AGC, error at rate {rate:g} − 0.16, points", errors, (best._replace(rate=rate), best), above_0
-    for of in agc:
-        for what, measure, band in (
-            ("share of λ in [0, 2]", lambda_inside, (INSIDE, math.inf)),
-            ("mean λ of the deepest layers", lambda_deepest, ABOUT_ONE),
-            ("mean λ before the classifier", lambda_last, NEAR_ZERO),
-            ("correlation of λ with depth", lambda_correlation, above_0),
-        ):
-            yield 6, f"{compare.label(of)}: {what}", partial(_lambdas, measure), (of,), band, ".2f"
-    for of in timed:
-        where, *sides = _both(of)
-        yield (
-            7,
-            f"{where}: images/s, AGC ÷ BN (paper: 1.3 at minibatch 8)",
-            partial(_ratio, "speed"),
-            sides,
-            (FASTER, math.inf),
-            ".2f",
-        )
-        for what, kind in _memories(compare.all_runs({side: cells.get(side, {}) for side in sides})).items():
-            yield 7, f"{where}: {what}, AGC ÷ BN", partial(_ratio, kind), sides, (-math.inf, LIGHTER), ".2f"
+    best, agc = (
+        Setting("segnet", "agc", 8, 0.16),
+        [Setting(network, "agc", *four) for network in ("segnet", "classnet")],
+    )
+    alike, timed = pairs(agc), pairs([best])
+    if not figure1:
+        agc = [of for of in cells if of.norm == "agc"]
+        timed = alike = [pair for pair in pairs(agc) if pair[2] in cells]
+    rates = [(f"SegNet AGC, error at rate {rate:g} − 0.16, points", best._replace(rate=rate), best)
+             for rate in (0.08, 0.32, 0.64)]  # fmt: skip
+    seeds = [(pair, [run for of in pair[1:] for run in cells.get(of, {}).values()]) for pair in timed]
+    new = [pair for pair, runs in seeds if any(math.isfinite(compare.memory(run)) for run in runs)]
+    return {
+        "agc, bn": alike, "bn, agc": [(where, bn, agc) for where, agc, bn in alike],
+        "agc scaled": [scaled("agc", one, four), scaled("agc", eight, four), scaled("agc", one, eight)],
+        "bn scaled": [scaled("bn", one, four)], "rates": rates, "agc": [(f"{compare.label(of)}: ", of) for of in agc],
+        "timed": timed, "memory": new, "older memory": [pair for pair in timed if pair not in new],
+    }  # fmt: skip
 
 
-def _both(condition: Condition) -> tuple[str, Setting, Setting]:
-    """What AGC and BN share in words, and the two."""
-    network, minibatch, rate = condition
-    sides = [Setting(network, norm, minibatch, rate) for norm in ("agc", "bn")]
-    return f"{NAMES.get(network, network)}, minibatch {minibatch}, rate {rate:g}", *sides
-
-
-def _memories(runs: list[Run]) -> dict[str, str]:
-    """What tells the memory of training, in runs that recorded it; of older ones the peak of the whole process."""
-    if any(math.isfinite(compare.memory(run)) for run in runs):
-        return {"peak memory that training adds": "training", "memory kept for backward": "kept"}
-    return {"peak memory" + " of the whole process" * any(_on_cpu(run) for run in runs): "process"}
-
-
-def _on_cpu(run: Run) -> bool:
-    return run.device.startswith("CPU")
-
-
-def _spike_rates(bn: Seeds, agc: Seeds) -> Estimate:
-    """As `compare.paired`; with one seed the rate is resampled by epochs, paired."""
+def _spikes(measure: Callable[[Run, int], float], bn: Seeds, agc: Seeds) -> Estimate:
+    """As `compare.paired`; with one seed the rate is resampled by epochs, paired. Short runs say nothing."""
 
     def by_epochs(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str]:
         counts = [spikes_per_epoch(run, epoch) for run in (ours, theirs)]
@@ -237,22 +188,16 @@ def _spike_rates(bn: Seeds, agc: Seeds) -> Estimate:
             return text
         return f"{text}, on average {2 ** np.log2(sizes).mean():.1f} and up to {sizes.max():.1f} times the median"
 
-    found = _if_long(compare.paired(bn, agc, spike_rate, resample=by_epochs, source="steps.npy"), bn, agc)
-    basis = f"{found.basis}; BN: {counted(bn)}; AGC: {counted(agc)}" if found.basis else ""
-    return found._replace(basis=basis)
-
-
-def _spike_sizes(bn: Seeds, agc: Seeds) -> Estimate:
-    return _if_long(compare.paired(bn, agc, spike_size, source="steps.npy"), bn, agc)
-
-
-def _if_long(found: Estimate, *sides: Seeds) -> Estimate:
-    """An estimate of spikes; short runs say nothing."""
-    runs = [run for seeds in sides for run in seeds.values() if run.held]
-    steps = min((step_losses(run, run.last_epoch).size for run in runs), default=FEWEST_STEPS)
-    if steps >= FEWEST_STEPS or not found.basis:
+    rate = measure is spike_rate
+    found = compare.paired(bn, agc, measure, resample=by_epochs if rate else None, source="steps.npy")
+    if not found.basis:
         return found
-    return found._replace(weak=f"a run has only {steps} steps, fewer than {FEWEST_STEPS}", leans=False)
+    if rate:
+        found = found._replace(basis=f"{found.basis}; BN: {counted(bn)}; AGC: {counted(agc)}")
+    runs = [run for run in (*bn.values(), *agc.values()) if run.held]
+    steps = min((step_losses(run, run.last_epoch).size for run in runs), default=FEWEST_STEPS)
+    short = f"a run has only {steps} steps, fewer than {FEWEST_STEPS}"
+    return found._replace(weak=short, leans=False) if steps < FEWEST_STEPS else found
 
 
 def _lambdas(measure: Callable[[Run], float], seeds: Seeds) -> Estimate:
@@ -264,47 +209,43 @@ def _lambdas(measure: Callable[[Run], float], seeds: Seeds) -> Estimate:
     values = [measure(run) for run in runs]
     if not np.isfinite(values).all():
         return missing("there is no such layer")
-    reached, planned, several = sorted({run.last_epoch for run in runs}), runs[0].epochs, len(runs) > 1
-    unfinished = reached[0] < planned
+    last, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
+    *interval, basis = over_seeds(values)
+    if last[0] < planned:
+        basis += f", at epoch {' and '.join(map(str, last))} of {planned}"
+    weak = "one seed" if len(runs) == 1 else "the runs are unfinished" * (last[0] < planned)
     still = any(lambda_moved(run.layers) < MOVED for run in runs)
-    weak = "the runs are unfinished" * unfinished if several else "one seed"
     weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}" if still else weak
-    basis = f"{len(runs)} seeds" if several else "one seed, no interval"
-    basis += f", at epoch {' and '.join(map(str, reached))} of {planned}" * unfinished
-    return Estimate(np.mean(values), *(t_interval(values) if several else (math.nan,) * 2), basis, weak, not still)
+    return Estimate(float(np.mean(values)), *interval, basis, weak, not still)
 
 
-def _ratio(kind: str, agc: Seeds, bn: Seeds) -> Estimate:
-    """One pair of runs decides too: time and memory do not depend on how the training goes.
-
-    Args:
-        kind: "speed", or of `agcseg.report.compare.memory`.
-    """
-    if why := compare.unlike(compare.all_runs({"agc": agc, "bn": bn})):
+def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
+    """One pair of runs decides too: time and memory do not depend on how the training goes."""
+    if why := compare.unlike([*agc.values(), *bn.values()]):
         return missing(why)
     pairs = [(agc[seed], bn[seed]) for seed in sorted(agc.keys() & bn.keys())]
     if not pairs:
         return missing("needs runs with the same seed on both sides")
-    measure = compare.speed if kind == "speed" else partial(compare.memory, of=kind)
     pairs = [pair for pair in pairs if all(measure(run) > 0 for run in pair)]  # not those that failed at once
+    timed = measure is compare.speed
+    if not pairs:
+        return missing(f"needs {'images_per_second' if timed else 'the memory'} of both sides")
     ratios, runs = [measure(ours) / measure(theirs) for ours, theirs in pairs], sum(pairs, ())
-    if not ratios:
-        return missing(f"needs {'images_per_second' if kind == 'speed' else 'the memory'} of both sides")
     epochs = min(len(compare.speeds(run)) for run in runs)
-    weak = f"fewer than {FEWEST_EPOCHS} epochs were timed" if epochs < FEWEST_EPOCHS else ""
-    if kind == "speed" and not weak:
+    weak, one = "", (math.nan, math.nan, "one seed, a peak and no sample")
+    if epochs < FEWEST_EPOCHS:
+        weak = f"fewer than {FEWEST_EPOCHS} epochs were timed"
+    elif timed:
         weak = compare.unsteady(runs[::2]) or compare.unsteady(runs[1::2])
-    if kind == "process" and any(_on_cpu(run) for run in runs):
+    if measure is OLDER and any(run.device.startswith("CPU") for run in runs):
         weak = "older runs measured the whole process, Python and torch included"
-    interval, over = (math.nan, math.nan), "one seed, a peak and no sample"
-    if len(ratios) > 1:
-        interval, over = t_interval(ratios), f"{len(ratios)} seeds, paired"
-    elif kind == "speed":
+    if timed and len(ratios) == 1:
         samples = [compare.speeds(run)[-epochs:] for run in runs]
         interval = compare.bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), *samples)
-        over = f"one seed, over {epochs} epochs"
-    on = f"on {runs[0].device}, {runs[0].settings.get('network.implementation')} AGC"
-    return Estimate(float(np.mean(ratios)), *interval, f"{over}, {on}", weak)
+        one = *interval, f"one seed, over {epochs} epochs"
+    *interval, basis = over_seeds(ratios, one, ", paired")
+    basis += f", on {runs[0].device}, {runs[0].settings.get('network.implementation')} AGC"
+    return Estimate(float(np.mean(ratios)), *interval, basis, weak)
 
 
 def decide(interval: Band, band: Band) -> str:
@@ -412,3 +353,38 @@ def lambda_moved(layers: Layers) -> float:
         return math.nan
     away = [abs(layers.values[key][-1] - layers.values[key][0]) for key in ("lambda_q05", "lambda_q95")]
     return float(np.median(np.maximum(*away)))
+
+
+ERRORS = partial(compare.paired, measure=reached, resample=compare.by_images("wrong", scale=100))
+MEANS = partial(compare.paired, measure=partial(reached, last=0))
+LOSSES = partial(
+    compare.paired,
+    measure=partial(reached, column="val_loss"),
+    gap=compare.relative,
+    resample=compare.by_images("loss", compare.relative),
+)
+TRAINING, KEPT, OLDER = (partial(compare.memory, of=kind) for kind in ("training", "kept", "process"))
+EQUAL, WORSE, ABOVE_0 = "within the margin", "beyond the margin", (0, math.inf)
+FAST, LIGHT = (FASTER, math.inf), (-math.inf, LIGHTER)
+CLAIMS = (  # each with its parts: what is compared (of `_sides`), what is measured, how, the band for it, its format
+    ("AGC equals batch normalisation (BN) in final error",
+     ("agc, bn", "error of AGC − BN, points", ERRORS, EQUAL, "+.2f")),
+    ("with the rate scaled by the minibatch, AGC's error curves coincide, and BN's do not at minibatch 1",
+     ("agc scaled", "at the end", ERRORS, EQUAL, "+.2f"), ("agc scaled", "mean over the epochs", MEANS, EQUAL, "+.2f"),
+     ("bn scaled", "at the end", ERRORS, WORSE, "+.2f"), ("bn scaled", "mean over the epochs", MEANS, WORSE, "+.2f")),
+    ("at minibatch 8, AGC's best rate is 0.16", ("rates", "", ERRORS, ABOVE_0, "+.2f")),
+    ("AGC's validation loss is slightly higher", ("agc, bn", "loss of AGC ÷ BN − 1", LOSSES, (0, SLIGHTLY), "+.1%")),
+    ("training spikes are more frequent and larger with BN",
+     ("bn, agc", "spikes per 1000 steps, BN − AGC", partial(_spikes, spike_rate), ABOVE_0, "+.2f"),
+     ("bn, agc", "size of a spike in doublings, BN − AGC", partial(_spikes, spike_size), ABOVE_0, "+.2f")),
+    ("λ is between 0 and 2, about 1 in the deepest layers, near 0 at the classifier",
+     ("agc", "share of λ in [0, 2]", partial(_lambdas, lambda_inside), (INSIDE, math.inf), ".2f"),
+     ("agc", "mean λ of the deepest layers", partial(_lambdas, lambda_deepest), ABOUT_ONE, ".2f"),
+     ("agc", "mean λ before the classifier", partial(_lambdas, lambda_last), NEAR_ZERO, ".2f"),
+     ("agc", "correlation of λ with depth", partial(_lambdas, lambda_correlation), ABOVE_0, ".2f")),
+    ("AGC is faster and takes significantly less memory",
+     ("timed", "images/s, AGC ÷ BN (paper: 1.3 at minibatch 8)", partial(_ratio, compare.speed), FAST, ".2f"),
+     ("memory", "peak memory that training adds, AGC ÷ BN", partial(_ratio, TRAINING), LIGHT, ".2f"),
+     ("memory", "memory kept for backward, AGC ÷ BN", partial(_ratio, KEPT), LIGHT, ".2f"),
+     ("older memory", "peak memory of the process, AGC ÷ BN", partial(_ratio, OLDER), LIGHT, ".2f")),
+)  # fmt: skip

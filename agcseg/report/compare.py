@@ -301,6 +301,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def over_seeds(values: Sequence[float], one=(math.nan, math.nan, "one seed, no interval"), how: str = "") -> tuple:
+    """Ends of the 95 % interval of a mean, and what it is over; of a single seed, `one`."""
+    return (*t_interval(values), f"{len(values)} seeds{how}") if len(values) > 1 else one
+
+
 def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of a statistic of paired samples, drawn 2000 times from a fixed seed.
 
@@ -356,12 +361,10 @@ def paired(
     n, weak, leans = len(gaps), "", True
     if np.isinf(gaps).any():
         low, high, basis = min(gaps), max(gaps), f"{n} seed{'s' * (n > 1)}"
-    elif n > 1:
-        (low, high), basis = t_interval(gaps), f"{n} seeds, paired"
     else:
         found = resample(*runs, epoch) if resample and len(seeds) == 1 else None
-        low, high, basis = found or (math.nan, math.nan, "one seed, no interval")
-        weak = "one seed"
+        low, high, basis = over_seeds(gaps, *[found] * bool(found), how=", paired")
+        weak = "one seed" * (n == 1)
     diverged = sum(not run.held for run in runs)
     basis += f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
     if epoch < runs[0].epochs and going:

@@ -18,9 +18,11 @@ from PIL import Image
 from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
-from agcseg.report import Run, by_setting, cells, read_folders, read_runs, reference_of, write_report
+from agcseg.report import by_setting, cells, read_folders, read_runs, write_report
+from agcseg.report.compare import reference_of
 from agcseg.report.figures import figure, figure1, lambda_figure
 from agcseg.report.page import environment_table, reached_table, summarise
+from agcseg.report.read import Run
 
 ROOT = Path(__file__).parents[1]
 HEADER = (
@@ -361,7 +363,7 @@ def test_lambda_figure(tmp_path):
     (left,) = [axis for axis in axes if "encoder.0.0" in [text.get_text() for text in axis.get_yticklabels()]][:1]
     dots = left.collections[-1].get_offsets()
     segnet = next(run for run in runs if run.network == "segnet")
-    assert dots[:, 0].tolist() == pytest.approx(segnet.layers.values["lambda_mean"][-1].tolist())
+    assert dots[:, 0].tolist() == pytest.approx(segnet.layers["lambda_mean"].iloc[-1].tolist())
     meshes = [axis.collections[0].get_array() for axis in axes if axis.get_title() == "mean λ over the epochs"]
     assert [mesh.shape for mesh in meshes] == [(10, 7), (10, 7)] and np.allclose(meshes[0][:, 0], 1)
 

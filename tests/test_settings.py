@@ -11,8 +11,8 @@ from fake_sweep import make_run, make_sweep
 from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
-from agcseg.report import by_setting, read_folders, read_runs, reference_of, t_interval
-from agcseg.report.compare import of_settings
+from agcseg.report import by_setting, read_folders, read_runs, t_interval
+from agcseg.report.compare import of_settings, reference_of
 from agcseg.report.figures import figure, lambda_starts_figure, setting_styles
 from agcseg.report.page import costs_compared, differences_table, lambda_memory, lambda_starts, settings_table
 from agcseg.report.read import NAMES, NORMS

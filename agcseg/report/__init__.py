@@ -3,19 +3,8 @@
 Errors are fractions in [0, 1] in report.csv, and % or points wherever people read them."""
 
 from agcseg.report.claims import MARGIN, verdicts
-from agcseg.report.compare import by_setting, cells, reference_of, t_interval
+from agcseg.report.compare import by_setting, cells, t_interval
 from agcseg.report.page import write_report
-from agcseg.report.read import Run, read_folders, read_runs
+from agcseg.report.read import read_folders, read_runs
 
-__all__ = [
-    "MARGIN",
-    "Run",
-    "by_setting",
-    "cells",
-    "read_folders",
-    "read_runs",
-    "reference_of",
-    "t_interval",
-    "verdicts",
-    "write_report",
-]
+__all__ = ["MARGIN", "by_setting", "cells", "read_folders", "read_runs", "t_interval", "verdicts", "write_report"]

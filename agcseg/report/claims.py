@@ -18,7 +18,7 @@ from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
 from agcseg.report import compare
 from agcseg.report.compare import Cells, Estimate, Seeds, missing, over_seeds, reached
-from agcseg.report.read import NAMES, Layers, Run
+from agcseg.report.read import NAMES, Run
 
 SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH = "supported", "not supported", "not enough data"
 
@@ -200,23 +200,22 @@ def _spikes(measure: Callable[[Run, int], float], bn: Seeds, agc: Seeds) -> Esti
     return found._replace(weak=short, leans=False) if steps < FEWEST_STEPS else found
 
 
-def _lambdas(measure: Callable[[Run], float], seeds: Seeds) -> Estimate:
-    """Mean over the seeds that did not diverge."""
+def _lambdas(what: str, seeds: Seeds) -> Estimate:
+    """Mean over the seeds that did not diverge, of `lambdas`."""
     runs = [run for run in seeds.values() if run.held]
     lacking = [run.name for run in runs if run.layers is None]
     if lacking or not runs:
         return missing(f"needs layers.csv of {', '.join(lacking)}" if runs else "every run diverged")
-    values = [measure(run) for run in runs]
-    if not np.isfinite(values).all():
+    found = pd.DataFrame([lambdas(run) for run in runs])
+    if found[what].isna().any():
         return missing("there is no such layer")
     last, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
-    *interval, basis = over_seeds(values)
+    *interval, basis = over_seeds(found[what])
     if last[0] < planned:
         basis += f", at epoch {' and '.join(map(str, last))} of {planned}"
-    weak = "one seed" if len(runs) == 1 else "the runs are unfinished" * (last[0] < planned)
-    still = any(lambda_moved(run.layers) < MOVED for run in runs)
-    weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}" if still else weak
-    return Estimate(float(np.mean(values)), *interval, basis, weak, not still)
+    weak, still = "one seed" if len(runs) == 1 else "the runs are unfinished" * (last[0] < planned), found.moved < MOVED
+    weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}" if still.any() else weak
+    return Estimate(found[what].mean(), *interval, basis, weak, not still.any())
 
 
 def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
@@ -318,41 +317,33 @@ def spikes_per_epoch(run: Run, epoch: int) -> np.ndarray:
 def levels(run: Run) -> np.ndarray:
     """How often the maps of each layer with a λ were halved. SegNet's decoder counts its stages from the smallest maps,
     all others from the largest."""
-    roles = np.array(run.layers.roles)
-    stages = np.array([next((int(s) for s in name.split(".") if s.isdigit()), 0) for name in run.layers.names])
+    names, roles = zip(*run.layers["lambda_mean"].columns, strict=True)
+    stages = np.array([next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names])
+    roles = np.array(roles)
     rising = (roles == "decoder") & (run.network == "segnet")
     halved = np.where(rising, stages[roles == "encoder"].max(initial=0) - stages, stages)
     return np.where(roles == "head", 0, halved)
 
 
-def lambda_inside(run: Run) -> float:
-    """Share of all filters with λ in [0, 2]."""
-    return float(np.average(run.layers.values["lambda_inside"][-1], weights=run.layers.num_features))
+def lambdas(run: Run) -> dict[str, float]:
+    """What claim 6 is about, of the last epoch.
 
-
-def lambda_deepest(run: Run) -> float:
-    """Mean over the layers on the smallest maps."""
-    return float(run.layers.values["lambda_mean"][-1][levels(run) == levels(run).max()].mean())
-
-
-def lambda_last(run: Run) -> float:
-    """Mean over the layers before the classes: the decoder's at full resolution, and the head where it has a norm."""
-    after = np.isin(run.layers.roles, ("decoder", "head")) & (levels(run) == 0)
-    return float(run.layers.values["lambda_mean"][-1][after].mean()) if after.any() else math.nan
-
-
-def lambda_correlation(run: Run) -> float:
-    """Of a layer's mean λ with its level; 0 where all are the same."""
-    means = run.layers.values["lambda_mean"][-1]
-    return float(np.corrcoef(levels(run), means)[0, 1]) if means.std() > 0 < levels(run).std() else 0.0
-
-
-def lambda_moved(layers: Layers) -> float:
-    """How far the 5 % or the 95 % quantile of λ went from its start, in the median layer; nan if that is unknown."""
-    if layers.epochs[0] != 0:
-        return math.nan
-    away = [abs(layers.values[key][-1] - layers.values[key][0]) for key in ("lambda_q05", "lambda_q95")]
-    return float(np.median(np.maximum(*away)))
+    Returns:
+        "inside": share of all filters with λ in [0, 2]; "deepest": mean over the layers on the smallest maps; "last":
+        over those before the classes, which are the decoder's at full resolution and the head where it has a norm, nan
+        if there are none; "correlation" of a layer's mean with its level, 0 where all are the same; "moved": how far
+        the 5 % or the 95 % quantile went from its start, in the median layer, nan if that is unknown.
+    """
+    end, level = run.layers.iloc[-1], levels(run)
+    means, away = end["lambda_mean"], (end - run.layers.iloc[0]).abs()
+    classes = (level == 0) & means.index.isin(("decoder", "head"), level="role")
+    return {
+        "inside": np.average(end["lambda_inside"], weights=end["num_features"]),
+        "deepest": means[level == level.max()].mean(),
+        "last": means[classes].mean(),
+        "correlation": np.corrcoef(level, means)[0, 1] if means.std(ddof=0) > 0 < level.std() else 0.0,
+        "moved": np.maximum(away["lambda_q05"], away["lambda_q95"]).median() if run.layers.index[0] == 0 else math.nan,
+    }
 
 
 ERRORS = partial(compare.paired, measure=reached, resample=compare.by_images("wrong", scale=100))
@@ -378,10 +369,10 @@ CLAIMS = (  # each with its parts: what is compared (of `_sides`), what is measu
      ("bn, agc", "spikes per 1000 steps, BN − AGC", partial(_spikes, spike_rate), ABOVE_0, "+.2f"),
      ("bn, agc", "size of a spike in doublings, BN − AGC", partial(_spikes, spike_size), ABOVE_0, "+.2f")),
     ("λ is between 0 and 2, about 1 in the deepest layers, near 0 at the classifier",
-     ("agc", "share of λ in [0, 2]", partial(_lambdas, lambda_inside), (INSIDE, math.inf), ".2f"),
-     ("agc", "mean λ of the deepest layers", partial(_lambdas, lambda_deepest), ABOUT_ONE, ".2f"),
-     ("agc", "mean λ before the classifier", partial(_lambdas, lambda_last), NEAR_ZERO, ".2f"),
-     ("agc", "correlation of λ with depth", partial(_lambdas, lambda_correlation), ABOVE_0, ".2f")),
+     ("agc", "share of λ in [0, 2]", partial(_lambdas, "inside"), (INSIDE, math.inf), ".2f"),
+     ("agc", "mean λ of the deepest layers", partial(_lambdas, "deepest"), ABOUT_ONE, ".2f"),
+     ("agc", "mean λ before the classifier", partial(_lambdas, "last"), NEAR_ZERO, ".2f"),
+     ("agc", "correlation of λ with depth", partial(_lambdas, "correlation"), ABOVE_0, ".2f")),
     ("AGC is faster and takes significantly less memory",
      ("timed", "images/s, AGC ÷ BN (paper: 1.3 at minibatch 8)", partial(_ratio, compare.speed), FAST, ".2f"),
      ("memory", "peak memory that training adds, AGC ÷ BN", partial(_ratio, TRAINING), LIGHT, ".2f"),

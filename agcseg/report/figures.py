@@ -212,31 +212,31 @@ def lambda_figure(runs: list[Run]) -> Figure | None:
     """
     if not runs:
         return None
-    heights = [1.2 + 0.19 * len(run.layers.names) for run in runs]
+    heights = [1.2 + 0.19 * len(run.layers["lambda_mean"].columns) for run in runs]
     fig = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")
     rows = fig.subfigures(len(runs), 1, squeeze=False, height_ratios=heights).flat
     for part, run in zip(rows, runs, strict=True):
-        layers, last = run.layers, {key: values[-1] for key, values in run.layers.values.items()}
+        last, means = run.layers.iloc[-1], run.layers["lambda_mean"]
         norm = NAMES.get(run.norm, run.norm)
         where = f"{run.title}: {norm}, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
         part.suptitle(where, x=0.02, ha="left", fontsize=11, fontweight="bold")
         left, right = part.subplots(1, 2, sharey=True)
-        depth, colours = np.arange(len(layers.names)), [ROLES.get(role, "0.4") for role in layers.roles]
+        (names, roles), depth = zip(*means.columns, strict=True), np.arange(means.shape[1])
+        colours = [ROLES.get(role, "0.4") for role in roles]
         left.hlines(depth, last["lambda_q05"], last["lambda_q95"], colours, lw=1)
         left.hlines(depth, last["lambda_q25"], last["lambda_q75"], colours, lw=4, alpha=0.5)
         left.scatter(last["lambda_mean"], depth, c=colours, s=22, zorder=3)
         for level in (0, 1, 2):
             left.axvline(level, color="0.5", ls="--" if level == 1 else ":", lw=1, zorder=0)
-        left.set_yticks(depth, layers.names, fontsize=7.5)
+        left.set_yticks(depth, names, fontsize=7.5)
         left.set_ylim(len(depth) - 0.5, -0.5)
         left.set_xlabel("λ: mean (dot), 25 to 75 % (thick) and 5 to 95 % of the filters (thin)", fontsize=9)
-        left.set_title(f"at epoch {layers.epochs[-1]}", fontsize=10)
+        left.set_title(f"at epoch {means.index[-1]}", fontsize=10)
         left.grid(axis="x", alpha=0.25)
-        seen = [Line2D([], [], color=ROLES[role], lw=3, label=role) for role in ROLES if role in layers.roles]
+        seen = [Line2D([], [], color=ROLES[role], lw=3, label=role) for role in ROLES if role in roles]
         left.legend(handles=seen, fontsize=8, loc="best")
-        means = layers.values["lambda_mean"]
-        away = max(0.05, math.ceil(20 * np.nanmax(np.abs(means - 1))) / 20)
-        edges = np.r_[layers.epochs - 0.5, layers.epochs[-1] + 0.5], np.arange(len(depth) + 1) - 0.5
+        away = max(0.05, math.ceil(20 * np.nanmax(abs(means - 1))) / 20)
+        edges = np.r_[means.index - 0.5, means.index[-1] + 0.5], np.arange(len(depth) + 1) - 0.5
         mesh = right.pcolormesh(*edges, means.T, cmap="PuOr", vmin=1 - away, vmax=1 + away, rasterized=True)
         right.set(xlabel="epoch (0: before training)", xlim=edges[0][[0, -1]])
         right.locator_params(axis="x", integer=True)
@@ -255,21 +255,21 @@ def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
         names: of all settings of the report, which decide the colours.
     """
     fig = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    axis, layers = fig.subplots(), all_runs(groups)[0].layers
-    depth = np.arange(len(layers.names))
+    axis, (layers, roles) = fig.subplots(), zip(*all_runs(groups)[0].layers["lambda_mean"].columns, strict=True)
+    depth = np.arange(len(roles))
     for name, seeds in groups.items():
         runs, style = [*seeds.values()], setting_styles(names)[name]
-        means = np.array([run.layers.values["lambda_mean"][[0, -1]] for run in runs])  # (seeds, 2, layers)
-        lasts = "/".join(map(str, sorted({int(run.layers.epochs[-1]) for run in runs})))
+        means = np.array([run.layers["lambda_mean"].iloc[[0, -1]] for run in runs])  # (seeds, 2, layers)
+        lasts = "/".join(map(str, sorted({run.layers.index[-1] for run in runs})))
         text = f"{name}, epoch {lasts}" + f", {len(runs)} seeds" * (len(runs) > 1)
         axis.plot(depth, means[:, 0].mean(0), color=style["color"], ls=":", lw=1.3)
         axis.plot(depth, means[:, 1].mean(0), **style, marker=".", lw=1.7, label=text)
         axis.fill_between(depth, means[:, 1].min(0), means[:, 1].max(0), color=style["color"], alpha=0.18, lw=0)
-    for change in [i for i in depth[1:] if layers.roles[i] != layers.roles[i - 1]]:
+    for change in [i for i in depth[1:] if roles[i] != roles[i - 1]]:
         axis.axvline(change - 0.5, color="0.75", lw=1, zorder=0)
     axis.plot([], [], color="0.3", ls=":", label="before training")
     axis.set(xlim=(-0.5, len(depth) - 0.5), ylabel="mean λ of the layer")
-    axis.set_xticks(depth, layers.names, rotation=90, fontsize=8)
+    axis.set_xticks(depth, layers, rotation=90, fontsize=8)
     axis.grid(axis="y", alpha=0.25)
     fig.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     return fig

@@ -360,11 +360,11 @@ def lambda_starts(groups: Settings) -> Settings:
     """
 
     def followed(run: Run) -> bool:
-        return run.held and run.norm in FOLLOWED and run.layers is not None and run.layers.epochs[0] == 0
+        return run.held and run.norm in FOLLOWED and run.layers is not None and run.layers.index[0] == 0
 
     chosen = {name: {s: run for s, run in seeds.items() if followed(run)} for name, seeds in groups.items()}
-    layers = {tuple(run.layers.names) for run in all_runs(chosen)}
-    starts = {round(float(run.layers.values["lambda_mean"][0].mean()), 3) for run in all_runs(chosen)}
+    layers = {tuple(run.layers["lambda_mean"]) for run in all_runs(chosen)}
+    starts = {round(float(run.layers["lambda_mean"].iloc[0].mean()), 3) for run in all_runs(chosen)}
     return {name: seeds for name, seeds in chosen.items() if seeds} if len(layers) == 1 < len(starts) else {}
 
 
@@ -373,7 +373,7 @@ def lambda_memory(groups: Settings) -> float:
 
     1: nothing of the start is forgotten; 0: all ends are the same. What seeds differ by is in it too.
     """
-    ends = [np.mean([run.layers.values["lambda_mean"][[0, -1]] for run in of.values()], 0) for of in groups.values()]
+    ends = [np.mean([run.layers["lambda_mean"].iloc[[0, -1]] for run in of.values()], 0) for of in groups.values()]
     before, after = np.ptp(ends, axis=0).mean(1)
     return float(after / before)
 

@@ -33,17 +33,6 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, YA
 
 
 @dataclass
-class Layers:
-    """λ of every layer that has one, in the order of execution (layers.csv)."""
-
-    names: list[str]
-    roles: list[str]  # encoder, lateral, decoder or head
-    num_features: np.ndarray  # (layers,)
-    epochs: np.ndarray  # (epochs,); 0 is the untrained network
-    values: dict[str, np.ndarray]  # column of layers.csv -> (epochs, layers)
-
-
-@dataclass
 class Run:
     """One run: how it was set up, how it ended, and what it measured."""
 
@@ -65,9 +54,10 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)  # of `agcseg.record.identity.complete`
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
-    environment: dict[str, Any] = field(default_factory=dict)  # of environment.json, its keys with dots
+    environment: dict[str, Any] | None = None  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
-    layers: Layers | None = None  # None: not recorded, or no λ
+    # λ, None: not recorded, or the norm has none; epoch 0 is the untrained network
+    layers: pd.DataFrame | None = None  # of layers.csv: epoch x (column, layer, role), layers in the order of execution
     images: pd.DataFrame | None = None  # of the last epoch, by name: "wrong" (share of the labelled pixels), "loss"
 
     @property
@@ -112,14 +102,12 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     broken: list[str] = []
     notes: list[str] = []
     names = [Path(folder).resolve().name for folder in folders]
-    for folder, name in zip(map(Path, folders), names, strict=True):
-        here = _read_folder(folder, broken, notes)
-        if len(folders) > 1:
-            for run in here:
+    for folder, name in zip(folders, names, strict=True):
+        for run in _read_folder(Path(folder), broken, notes):
+            if len(folders) > 1:
                 run.name = f"{name if names.count(name) < 2 else folder}/{run.name}"
-        runs += here
-    tellings = [(tuple(run.words.items()), run.seed) for run in runs]
-    if len(folders) > 1 and len({*tellings}) < len(runs):
+            runs.append(run)
+    if len(folders) > 1 and len({(*run.words.items(), run.seed) for run in runs}) < len(runs):
         for run in runs:
             run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
     runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
@@ -135,11 +123,11 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
         missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
         try:
             if missing == ["metrics.csv"] and (_read(path / "result.json", _result) or {}).get("state") == "diverged":
-                runs.append(_read_run(path, broken))  # in its first epoch
+                missing = []  # in its first epoch
+            if not missing:
+                runs.append(_read_run(path, broken))
             elif len(missing) == 1:
                 notes.append(f"{path.name} is left out: it has no {missing[0]} (perhaps it has just begun)")
-            elif not missing:
-                runs.append(_read_run(path, broken))
         except UserError as error:
             broken.append(str(error))
     if not runs:
@@ -154,57 +142,61 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
 
     The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
     """
-    rest = deciding(settings, processes)
-    for key in ("seed", "images per process"):
-        rest.pop(key, None)
-    norm, network = rest.pop("norm.name"), rest.pop("network.name")
-    words = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
+    rest = {"seed": None, "images per process": None} | deciding(settings, processes)
+    del rest["seed"], rest["images per process"]
+    take = rest.pop
+    norm, network = take("norm.name"), take("network.name")
     start, background, window, quantile, gradient = (
-        rest.pop(f"norm.options.{key}", None)
+        take(f"norm.options.{key}", None)
         for key in ("mean_scale", "background", "window", "quantile", "median_gradient")
     )
+    extent = {"window": window, "trimmed": quantile, "median": "with gradient" if gradient else None}.get(background)
+    gain, shift, weights, augment = (
+        take("noise.gain"),
+        take("noise.shift"),
+        take("init_from", None),
+        take("augment.name"),
+    )
+    mode, limit, ema, gate = (take(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
+    details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
+    data = take("data.name")
+    words = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
     if background is not None:
-        extent = {"window": window, "trimmed": quantile, "median": "with gradient" if gradient else None}
-        extent = extent.get(background)
         words[f"{norm}:background"] = f"background {background}" + f" {extent}" * (extent not in (None, 0.5))
-    words["width"] = f"width {rest.pop('network.width')}"
-    words["data"] = NAMES.get(rest["data.name"], rest.pop("data.name"))
-    words["size"] = "x".join(map(str, rest.pop("data.size")))
-    words["init"] = f"init {rest.pop('network.init')}"
-    words["minibatch"] = f"minibatch {rest.pop('minibatch')}"
-    words["momentum"], words["rate"] = f"momentum {rest.pop('momentum'):.6g}", f"rate {rest.pop('rate'):.4g}"
-    gain, shift = rest.pop("noise.gain"), rest.pop("noise.shift")
-    words["noise"] = f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise"
-    mode, limit, ema, gate = (rest.pop(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
-    details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
-    words["gems"] = f"GEMS {mode}{details}" if mode else "no GEMS"
-    weights = rest.pop("init_from", None)
-    words["init_from"] = f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch"
-    augment = rest.pop("augment.name")
-    words["augment"] = "no augmentation" if augment == "none" else f"augmentation {augment}"
-    words["processes"] = f"{processes} processes"
+    words |= {
+        "width": f"width {take('network.width')}",
+        "data": NAMES.get(data, data),
+        "size": "x".join(map(str, take("data.size"))),
+        "init": f"init {take('network.init')}",
+        "minibatch": f"minibatch {take('minibatch')}",
+        "momentum": f"momentum {take('momentum'):.6g}",
+        "rate": f"rate {take('rate'):.4g}",
+        "noise": f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise",
+        "gems": f"GEMS {mode}{details}" if mode else "no GEMS",
+        "init_from": f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch",
+        "augment": "no augmentation" if augment == "none" else f"augmentation {augment}",
+        "processes": f"{processes} processes",
+    }
+    owners = {"norm.options": f"{norm}:", "network.options": f"{network}:", "network": f"{network}:"}
     for key, value in rest.items():
-        owners = {"norm.options": f"{norm}:", "network.options": f"{network}:", "network": f"{network}:"}
-        owner = owners.get(key.rpartition(".")[0], "")
-        word = key.rpartition(".")[2].replace("_", " ")
-        words[owner + key] = (
-            "no " * (not value) + word if value is None or isinstance(value, bool) else f"{word} {value}"
-        )
+        group, _, word = key.replace("_", " ").rpartition(".")
+        flag = value is None or isinstance(value, bool)
+        words[owners.get(group, "") + key] = "no " * (not value) + word if flag else f"{word} {value}"
     return words
 
 
 def _read_run(path: Path, broken: list[str]) -> Run:
     result = _read(path / "result.json", _result) or {"state": "unfinished"}
     metrics = _read(path / "metrics.csv", _metrics)
-    metrics = pd.DataFrame(index=pd.Index([], dtype=int, name="epoch")) if metrics is None else metrics
+    if metrics is None:
+        metrics = pd.DataFrame(index=pd.Index([], dtype=int, name="epoch"))
     run = _read(path / "config.yaml", lambda file: _run(path, result, metrics, OmegaConf.load(file)))
     readers = {"steps.npy": _steps, "layers.csv": _layers, "images.csv": _images, "environment.json": _environment}
     for name, reader in readers.items():
         try:
-            found = _read(path / name, reader)
-            setattr(run, name.partition(".")[0], {} if found is None and reader is _environment else found)
+            setattr(run, Path(name).stem, _read(path / name, reader))
         except UserError as error:
             broken.append(str(error))
     return run
@@ -222,22 +214,22 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
     missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)}: missing")
-    for key in ("minibatch", "epochs"):
-        int(OmegaConf.select(config, key))
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    processes, of = int(result.get("processes") or 1), complete(settings)
-    decides, words = deciding(settings, processes), describe(settings, processes)
-    height, width = of["data.size"]
-    commonest = result.get("commonest_class_error")
+    given, processes = OmegaConf.to_container(config, resolve=True), int(result.get("processes") or 1)
+    minibatch, epochs, settings = int(config.minibatch), int(config.epochs), complete(given)
+    height, width = settings["data.size"]
     return Run(
-        name=path.name, path=path, network=str(of["network.name"]), norm=str(of["norm.name"]),
-        width=None if of["network.width"] is None else float(of["network.width"]), minibatch=int(of["minibatch"]),
-        rate=float(decides["rate"]), seed=None if of["seed"] is None else int(of["seed"]), epochs=int(of["epochs"]),
-        data=str(of["data.name"]), size=(int(height), int(width)), state=result["state"],
-        reason=str(result.get("reason") or ""), metrics=metrics, settings=of, words=words,
-        commonest_class_error=math.nan if commonest is None else float(commonest),
+        name=path.name, path=path, network=str(settings["network.name"]), norm=str(settings["norm.name"]),
+        width=_or(settings.get("network.width"), float, None), minibatch=minibatch, epochs=epochs,
+        rate=float(deciding(given, processes)["rate"]), seed=_or(settings.get("seed"), int, None),
+        data=str(settings["data.name"]), size=(int(height), int(width)), state=result["state"],
+        reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, words=describe(given, processes),
+        commonest_class_error=_or(result.get("commonest_class_error"), float, math.nan),
         device=str(result.get("device") or ""),
     )  # fmt: skip
+
+
+def _or(value: Any, kind: Callable, otherwise: Any) -> Any:
+    return otherwise if value is None else kind(value)
 
 
 def _result(file: Path) -> dict:
@@ -289,22 +281,16 @@ def _steps(file: Path) -> np.ndarray:
     return losses.sum(2)
 
 
-def _layers(file: Path) -> Layers | None:
+def _layers(file: Path) -> pd.DataFrame | None:
     table = _table(file, ("epoch", "num_features", *LAMBDA), "epoch", "layer", "role", "num_features", *LAMBDA)
-    numbers = table[table.lambda_mean.notna()].drop_duplicates(["epoch", "layer"], keep="last")
-    if not len(numbers):
+    table = table[table.lambda_mean.notna()].drop_duplicates(["epoch", "layer"], keep="last").astype({"epoch": int})
+    if not len(table):
         return None  # a norm without λ
-    last = numbers[numbers.epoch == numbers.epoch.max()]
-    epochs, names = np.unique(numbers.epoch), last.layer.tolist()
-    if len(numbers) != len(epochs) * len(names):
-        raise ValueError(f"expected {len(names)} layers in each of {len(epochs)} epochs, found {len(numbers)} rows")
-    return Layers(
-        names=names,
-        roles=last.role.tolist(),
-        num_features=last.num_features.to_numpy(int),
-        epochs=epochs.astype(int),
-        values={key: numbers.pivot(index="epoch", columns="layer", values=key)[names].to_numpy() for key in LAMBDA},
-    )
+    layers = table.pivot(index="epoch", columns=["layer", "role"])
+    order = pd.MultiIndex.from_frame(table.loc[table.epoch == table.epoch.max(), ["layer", "role"]])
+    if len(table) != len(layers) * len(order):
+        raise ValueError(f"expected {len(order)} layers in each of {len(layers)} epochs, found {len(table)} rows")
+    return pd.concat({key: layers[key][order] for key in ("num_features", *LAMBDA)}, axis=1)
 
 
 def _images(file: Path) -> pd.DataFrame:

@@ -294,7 +294,7 @@ def forest(answers: list[Verdict]) -> Figure | None:
         axis.barh(row, right - left, left=left, height=0.36, color="0.88", zorder=0)
         for end, x in zip(part.band, (left, right), strict=True):
             if math.isfinite(end):
-                axis.text(x, row, f"{end:{part.form}}", size=6, color="0.45", ha="center", va="center")
+                axis.text(x, row + 0.32, f"{end:{part.form}}", size=6, color="0.45", ha="center", va="center")
         colour = VERDICTS.get(part.leaning, "0.35")
         axis.plot(interval, [row, row], color=colour, lw=2, solid_capstyle="butt")
         marker = "o" if math.isfinite(ends[0]) else ">" if ends[0] > 0 else "<"

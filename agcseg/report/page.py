@@ -106,9 +106,9 @@ def fill(content: dict, pictures: dict[str, str], html: bool) -> str:
         return (Markup("<b>{}</b>").format(bold[1]) if bold else escape(text)) if html else text.replace("|", r"\|")
 
     def kind(text: str) -> str:
-        """The class of a verdict."""
-        found = re.match(r"(\*\*)?(not supported|not enough data|supported)", text)
-        return found[2].replace(" ", "-") if found else ""
+        """The class of a verdict, or of what is missing for one."""
+        found = re.match(r"(?:\*\*)?(not supported|not enough data|supported|needs)", text)
+        return found[1].replace(" ", "-") if found else ""
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True)

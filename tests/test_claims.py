@@ -11,9 +11,9 @@ from fake_figure1 import PAPER, make_figure1
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
 from agcseg.report import cells, read_folders, read_runs, t_interval, verdicts
-from agcseg.report.claims import decide, levels, spike_rate, spike_size, spikes, spikes_per_epoch
-from agcseg.report.compare import bootstrap, by_images, common_epoch, is_figure1, paired, reached, relative
-from agcseg.report.figures import figure1
+from agcseg.report.claims import Part, Verdict, decide, levels, spike_rate, spike_size, spikes, spikes_per_epoch
+from agcseg.report.compare import Estimate, bootstrap, by_images, common_epoch, is_figure1, paired, reached, relative
+from agcseg.report.figures import figure1, forest
 
 YES, NO, OPEN = "supported", "not supported", "not enough data"
 BN, AGC = Setting("segnet", "bn", 4, 0.08), Setting("segnet", "agc", 4, 0.08)
@@ -102,6 +102,13 @@ def test_one_diverged_run_decides(tmp_path):
     answer = verdict(1, tmp_path, seeds=(1,), runs=PAIR, diverged=lambda of, seed: of == AGC)
     assert answer.verdict == NO and "1 of 2 runs diverged" in answer.parts[0].estimate.basis
     assert "+inf" in answer.parts[0].measured
+
+
+def test_an_infinite_estimate_is_an_arrow_at_the_edge():
+    for value, band, edge in ((math.inf, (0, math.inf), 1), (math.inf, (-1, 1), 1), (-math.inf, (-1, 1), 0)):
+        part = Part("error", Estimate(value, value, value, "1 seed"), band)
+        (arrow,) = [line for line in forest([Verdict(1, "", [part])]).axes[0].lines if line.get_marker() in "<>"]
+        assert arrow.get_xdata() == [edge]
 
 
 def test_a_run_that_diverged_in_its_first_epoch_is_an_answer(tmp_path):

@@ -150,22 +150,20 @@ def _sides(cells: Cells, figure1: bool) -> dict[str, list[tuple]]:
         return what, Setting("segnet", norm, *ours), Setting("segnet", norm, *theirs)
 
     one, four, eight = SCALED
-    best, agc = (
-        Setting("segnet", "agc", 8, 0.16),
-        [Setting(network, "agc", *four) for network in ("segnet", "classnet")],
-    )
+    best = Setting("segnet", "agc", 8, 0.16)
+    agc = [Setting(network, "agc", *four) for network in ("segnet", "classnet")]
     alike, timed = pairs(agc), pairs([best])
     if not figure1:
         agc = [of for of in cells if of.norm == "agc"]
         timed = alike = [pair for pair in pairs(agc) if pair[2] in cells]
-    rates = [(f"SegNet AGC, error at rate {rate:g} − 0.16, points", best._replace(rate=rate), best)
-             for rate in (0.08, 0.32, 0.64)]  # fmt: skip
+    others = [best._replace(rate=rate) for rate in (0.08, 0.32, 0.64)]
     seeds = [(pair, [run for of in pair[1:] for run in cells.get(of, {}).values()]) for pair in timed]
     new = [pair for pair, runs in seeds if any(math.isfinite(compare.memory(run)) for run in runs)]
     return {
         "agc, bn": alike, "bn, agc": [(where, bn, agc) for where, agc, bn in alike],
         "agc scaled": [scaled("agc", one, four), scaled("agc", eight, four), scaled("agc", one, eight)],
-        "bn scaled": [scaled("bn", one, four)], "rates": rates, "agc": [(f"{compare.label(of)}: ", of) for of in agc],
+        "bn scaled": [scaled("bn", one, four)], "agc": [(f"{compare.label(of)}: ", of) for of in agc],
+        "rates": [(f"SegNet AGC, error at rate {of.rate:g} − 0.16, points", of, best) for of in others],
         "timed": timed, "memory": new, "older memory": [pair for pair in timed if pair not in new],
     }  # fmt: skip
 

@@ -120,10 +120,10 @@ def fill(content: dict, pictures: dict[str, str], html: bool) -> str:
 def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
     """What was compared, how many runs and seeds, and which norm ended where, in a paragraph."""
     first, seeds = firsts(groups), {run.seed for run in runs}
-    words = {what: {run.words[key]: 0 for run in runs} for key, what in zip(
-        ("network", "width", "data", "size"), ("networks", "widths", "data sets", "sizes"), strict=True)}  # fmt: skip
-    words["lengths"] = {f"{run.epochs} epochs": 0 for run in runs}
-    alike = [" and ".join(said) if len(said) < 4 else f"{len(said)} {what}" for what, said in words.items()]
+    keys = {"network": "networks", "width": "widths", "data": "data sets", "size": "sizes", "epochs": "lengths"}
+    words = pd.DataFrame([run.words | {"epochs": f"{run.epochs} epochs"} for run in runs])[[*keys]].rename(columns=keys)
+    unique = {what: words[what].unique() for what in words}
+    alike = [" and ".join(said) if len(said) < 4 else f"{len(said)} {what}" for what, said in unique.items()]
     several = f" with {len(seeds)} seeds" if len(seeds) > 1 else " with one seed" if len(runs) > 1 else ""
     texts = [f"{len(runs)} run{'s' * (len(runs) > 1)}{several}: {', '.join(alike)}."]
     if of_paper:
@@ -164,7 +164,7 @@ def settings_table(groups: Settings) -> pd.DataFrame:
             table[heading] = [_cell(heading, first[name].words.get(key, "")) for name in names]
     else:
         table["setting"] = names
-    table["n"] = [_counted(name in values.index and len(values.loc[name]), groups, [name]) for name in names]
+    table["n"] = _counts(values, groups, [[name] for name in names])
     for heading, (*_, digits, best) in MEASURES.items():
         texts, means = _spreads(values[heading], names, digits), values[heading].groupby("setting").mean()
         means = means.reindex(names).round(digits)
@@ -186,7 +186,7 @@ def differences_table(groups: Settings, reference: str) -> pd.DataFrame:
     seeds = values.index.get_level_values("seed")
     gaps = (values - base.reindex(seeds).set_axis(values.index))[seeds.isin(base.index)]
     table = pd.DataFrame({f"setting − {reference}": names}, index=names)
-    table["n"] = [_counted(name in gaps.index and len(gaps.loc[name]), groups, [reference, name]) for name in names]
+    table["n"] = _counts(gaps, groups, [[name, reference] for name in names])
     for heading, (*_, digits, _) in MEASURES.items():
         table[heading.replace("%", "points")] = _spreads(gaps[heading], names, digits, "+")
     return table
@@ -235,14 +235,17 @@ def _spreads(values: pd.Series, names: list[str], digits: int, sign: str = "") -
     return [spread(there.get(name, []), digits, sign) for name in names]
 
 
-def _counted(n: int, groups: Settings, names: list[str]) -> str:
-    """Such as "2 (1 diverged)"; of the seeds that all of the settings have."""
-    seeds = set.intersection(*({*groups[name]} for name in names))
-    runs = [groups[name][seed] for name in names for seed in seeds]
-    diverged = sum(not run.held for run in runs)
-    late = sum(run.held and run.last_epoch < epoch_of(groups) for run in runs)
-    why = [f"{diverged} diverged"] * (diverged > 0) + [f"{late} unfinished"] * (late > 0)
-    return f"{int(n)}" + f" ({', '.join(why)})" * bool(why)
+def _counts(values: pd.DataFrame, groups: Settings, compared: list[list[str]]) -> list[str]:
+    """How many seeds of the first of some settings have values, such as "2 (1 diverged)", of seeds that all have."""
+    counts, texts = values.groupby("setting").size(), []
+    for names in compared:
+        seeds = set.intersection(*({*groups[name]} for name in names))
+        runs = [groups[name][seed] for name in names for seed in seeds]
+        diverged = sum(not run.held for run in runs)
+        late = sum(run.held and run.last_epoch < epoch_of(groups) for run in runs)
+        why = ", ".join([f"{diverged} diverged"] * (diverged > 0) + [f"{late} unfinished"] * (late > 0))
+        texts.append(f"{counts.get(names[0], 0)}" + f" ({why})" * bool(why))
+    return texts
 
 
 def _cell(heading: str, words: str) -> str:

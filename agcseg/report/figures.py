@@ -15,20 +15,9 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
 from agcseg.figure1 import PANELS, Panel, Setting
+from agcseg.report import compare
 from agcseg.report.claims import NOT_SUPPORTED, SUPPORTED, Verdict
-from agcseg.report.compare import (
-    SCALE,
-    Cells,
-    Settings,
-    all_runs,
-    by_error,
-    epoch_of,
-    firsts,
-    label,
-    measured,
-    of_settings,
-    t_interval,
-)
+from agcseg.report.compare import SCALE, Cells, Settings, all_runs, measured, t_interval
 from agcseg.report.read import NAMES, NORMS, Run
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
@@ -60,10 +49,10 @@ def figure(groups: Settings, reference: str) -> Figure:
         groups: of `agcseg.report.compare.by_setting`.
         reference: the name of the setting that is drawn thicker.
     """
-    styles, order, runs = setting_styles([*groups]), by_error(groups), all_runs(groups)
+    styles, order, runs = setting_styles([*groups]), compare.by_error(groups), all_runs(groups)
     styles[reference]["lw"] = 2.6
     norms = sorted({run.norm for run in runs}, reverse=True)  # BN, as in the paper, first
-    apart = not of_settings(runs) and len(groups) > len(norms) > 1
+    apart = not compare.of_settings(runs) and len(groups) > len(norms) > 1
     lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
     above, below = [3.4] * (1 + apart), 0.75 + (0.07 + 0.16 * lines) * len(order)
     fig = Figure(figsize=(10, sum(above) + below), dpi=120, layout="constrained")
@@ -73,7 +62,7 @@ def figure(groups: Settings, reference: str) -> Figure:
         levels = commonest(runs) if metric == "pixel_error" else []
         scale = y_range(runs, metric, levels)
         for i, shown in enumerate([[norm] for norm in norms] if apart else [norms]):
-            part = {name: groups[name] for name, run in firsts(groups).items() if run.norm in shown}
+            part = {name: groups[name] for name, run in compare.firsts(groups).items() if run.norm in shown}
             heading = f"{NORMS.get(shown[0], shown[0])}: {title}" if apart else title
             axis = axes[column, i] if apart else axes[0, column]
             _draw_curves(axis, part, metric, heading, scale, styles, len(part) <= 4)
@@ -150,7 +139,7 @@ def _draw_rows(axis: Axes, groups: Settings, order: list[str], metric: str, styl
     axis.set(ylim=(len(order) - 0.5, -0.5), yticks=range(len(order)), yticklabels=[])
     most = max(values.size(), default=0)
     what = METRICS[metric] if most < 2 else "seeds, mean, 95 % interval" if most > 2 else "seeds and mean"
-    axis.set_title(f"epoch {epoch_of(groups)}: {what}", loc="left", fontsize=9)
+    axis.set_title(f"epoch {compare.epoch_of(groups)}: {what}", loc="left", fontsize=9)
     axis.tick_params(axis="y", length=0)
     axis.grid(alpha=0.25)
 
@@ -180,7 +169,7 @@ def _draw_panel(axis: Axes, panel: Panel, cells: Cells, scale: tuple[float, floa
     styles = {of: {"color": looks[of][0], "ls": looks[of][1], "label": captions[of]} for of in there}
     _draw_curves(axis, there, panel.metric, fill(f"({panel.letter}) {panel.caption}", 56), scale, styles, True)
     axis.set_ylabel(METRICS[panel.metric])
-    missing = [label(of) for of in panel.runs if of not in cells]
+    missing = [compare.label(of) for of in panel.runs if of not in cells]
     if missing:
         at = {"xy": (0.02, 0.1), "ha": "left"} if there else {"xy": (0.5, 0.5), "ha": "center"}
         text = "\n".join(["no run of", *missing])

@@ -17,7 +17,6 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from PIL import Image
 
 from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS

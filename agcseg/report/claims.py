@@ -9,7 +9,7 @@ number. A part that may not decide (one seed, unfinished runs) says where it lea
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -175,8 +175,8 @@ def _spikes(measure: Callable[[Run, int], float], bn: Seeds, agc: Seeds) -> Esti
         counts = [spikes_per_epoch(run, epoch) for run in (ours, theirs)]
         epochs = min(map(len, counts))
         more = (counts[0][-epochs:] - counts[1][-epochs:]) * 1000 / ours.steps.shape[1]
-        interval = compare.bootstrap(lambda drawn: drawn.mean(-1), more)
-        return *interval, f"one seed; over {epochs} epochs, not over trainings"
+        low, high = compare.bootstrap(lambda drawn: drawn.mean(-1), more)
+        return low, high, f"one seed; over {epochs} epochs, not over trainings"
 
     def counted(seeds: Seeds) -> str:
         found = [step_losses(run, run.last_epoch).ravel() for run in seeds.values()]
@@ -208,12 +208,12 @@ def _lambdas(what: str, seeds: Seeds) -> Estimate:
     if found[what].isna().any():
         return missing("there is no such layer")
     last, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
-    *interval, basis = over_seeds(found[what])
+    low, high, basis = over_seeds(found[what])
     if last[0] < planned:
         basis += f", at epoch {' and '.join(map(str, last))} of {planned}"
     weak, still = "one seed" if len(runs) == 1 else "the runs are unfinished" * (last[0] < planned), found.moved < MOVED
     weak = f"λ has hardly left its start, in half of the layers by less than {MOVED:g}" if still.any() else weak
-    return Estimate(found[what].mean(), *interval, basis, weak, not still.any())
+    return Estimate(found[what].mean(), low, high, basis, weak, not still.any())
 
 
 def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
@@ -227,7 +227,7 @@ def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
     timed = measure is compare.speed
     if not pairs:
         return missing(f"needs {'images_per_second' if timed else 'the memory'} of both sides")
-    ratios, runs = [measure(ours) / measure(theirs) for ours, theirs in pairs], sum(pairs, ())
+    ratios, runs = [measure(ours) / measure(theirs) for ours, theirs in pairs], [run for pair in pairs for run in pair]
     epochs = min(len(compare.speeds(run)) for run in runs)
     weak, one = "", (math.nan, math.nan, "one seed, a peak and no sample")
     if epochs < FEWEST_EPOCHS:
@@ -238,11 +238,11 @@ def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
         weak = "older runs measured the whole process, Python and torch included"
     if timed and len(ratios) == 1:
         samples = [compare.speeds(run)[-epochs:] for run in runs]
-        interval = compare.bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), *samples)
-        one = *interval, f"one seed, over {epochs} epochs"
-    *interval, basis = over_seeds(ratios, one, ", paired")
+        low, high = compare.bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), *samples)
+        one = low, high, f"one seed, over {epochs} epochs"
+    low, high, basis = over_seeds(ratios, one, ", paired")
     basis += f", on {runs[0].device}, {runs[0].settings.get('network.implementation')} AGC"
-    return Estimate(float(np.mean(ratios)), *interval, basis, weak)
+    return Estimate(float(np.mean(ratios)), low, high, basis, weak)
 
 
 def decide(interval: Band, band: Band) -> str:
@@ -315,7 +315,7 @@ def spikes_per_epoch(run: Run, epoch: int) -> np.ndarray:
 def levels(run: Run) -> np.ndarray:
     """How often the maps of each layer with a λ were halved. SegNet's decoder counts its stages from the smallest maps,
     all others from the largest."""
-    names, roles = zip(*run.layers["lambda_mean"].columns, strict=True)
+    names, roles = zip(*run.lambda_means.columns, strict=True)
     stages = np.array([next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names])
     roles = np.array(roles)
     rising = (roles == "decoder") & (run.network == "segnet")
@@ -355,7 +355,8 @@ LOSSES = partial(
 TRAINING, KEPT, OLDER = (partial(compare.memory, of=kind) for kind in ("training", "kept", "process"))
 EQUAL, WORSE, ABOVE_0 = "within the margin", "beyond the margin", (0, math.inf)
 FAST, LIGHT = (FASTER, math.inf), (-math.inf, LIGHTER)
-CLAIMS = (  # each with its parts: what is compared (of `_sides`), what is measured, how, the band for it, its format
+# each with its parts: what is compared (of `_sides`), what is measured, how, the band for it, its format
+CLAIMS: tuple[tuple[Any, ...], ...] = (
     ("AGC equals batch normalisation (BN) in final error",
      ("agc, bn", "error of AGC − BN, points", ERRORS, EQUAL, "+.2f")),
     ("with the rate scaled by the minibatch, AGC's error curves coincide, and BN's do not at minibatch 1",

@@ -8,10 +8,10 @@ interval that covers the noise of training, and decides nothing (but a diverged 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import sub
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ MEASURES = {  # heading: column of metrics.csv, over how many of the last epochs
 
 Seeds = dict[int, Run]  # the runs of one setting
 Cells = dict[Setting, Seeds]
+Interval = tuple[float, float, str]  # its ends, and what it is over
 Settings = dict[str, Seeds]  # the runs of each setting, by its name
 
 
@@ -73,7 +74,8 @@ def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
         words = {key: text for key, text in run.words.items() if key not in PAIRED}
         return {key: text for key, text in words.items() if key.startswith(f"{run.norm}:") == wanted}
 
-    kept, notes = {}, []
+    kept: Cells = {}
+    notes: list[str] = []
     for network in dict.fromkeys(run.network for run in runs):
         group = _alike([run for run in runs if run.network == network], partial(options, wanted=False), notes)
         for norm in dict.fromkeys(run.norm for run in group):
@@ -127,7 +129,8 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
         return ", ".join([text for text in texts if text not in UNSAID] or texts or [run.words["norm"]])
 
     keys, common = varying(runs), usual(runs)
-    groups, notes = {}, []
+    groups: Settings = {}
+    notes: list[str] = []
     names = {run.name: name(run) for run in runs}
     for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
         keep(groups.setdefault(names[run.name], {}), run, notes)
@@ -194,7 +197,7 @@ def like(runs: list[Run], reference: Run) -> list[Run]:
     return [run for run in runs if {*varying([reference, run])} <= PAIRED]
 
 
-def all_runs(groups: Settings | Cells) -> list[Run]:
+def all_runs(groups: Mapping[Any, Seeds]) -> list[Run]:
     """Of all settings and seeds."""
     return [run for seeds in groups.values() for run in seeds.values()]
 
@@ -301,9 +304,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def over_seeds(values: Sequence[float], one=(math.nan, math.nan, "one seed, no interval"), how: str = "") -> tuple:
+def over_seeds(values: Sequence[float], one: Interval | None = None, how: str = "") -> Interval:
     """Ends of the 95 % interval of a mean, and what it is over; of a single seed, `one`."""
-    return (*t_interval(values), f"{len(values)} seeds{how}") if len(values) > 1 else one
+    if len(values) > 1:
+        return *t_interval(values), f"{len(values)} seeds{how}"
+    return one or (math.nan, math.nan, "one seed, no interval")
 
 
 def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float]:
@@ -332,7 +337,7 @@ def paired(
     theirs: Seeds,
     measure: Callable[[Run, int], float],
     gap: Callable[[float, float], float] = sub,
-    resample: Callable[[Run, Run, int], tuple[float, float, str] | None] | None = None,
+    resample: Callable[[Run, Run, int], Interval | None] | None = None,
     source: str = "metrics.csv",
 ) -> Estimate:
     """How far one side is from the other, paired by seed, at the last epoch that all these runs have reached.
@@ -362,8 +367,8 @@ def paired(
     if np.isinf(gaps).any():
         low, high, basis = min(gaps), max(gaps), f"{n} seed{'s' * (n > 1)}"
     else:
-        found = resample(*runs, epoch) if resample and len(seeds) == 1 else None
-        low, high, basis = over_seeds(gaps, *[found] * bool(found), how=", paired")
+        found = resample(runs[0], runs[1], epoch) if resample and len(seeds) == 1 else None
+        low, high, basis = over_seeds(gaps, found, ", paired")
         weak = "one seed" * (n == 1)
     diverged = sum(not run.held for run in runs)
     basis += f", {diverged} of {len(runs)} runs diverged" * (diverged > 0)
@@ -378,7 +383,7 @@ def paired(
 def by_images(column: str, gap: Callable = sub, scale: float = 1) -> Callable:
     """For `paired`: resampling of validation images, paired; of a column of `Run.images`."""
 
-    def resample(ours: Run, theirs: Run, epoch: int) -> tuple[float, float, str] | None:
+    def resample(ours: Run, theirs: Run, epoch: int) -> Interval | None:
         if ours.images is None or theirs.images is None or {*ours.images.index} != {*theirs.images.index}:
             return None
         if {ours.last_epoch, theirs.last_epoch} != {epoch}:

@@ -1,7 +1,7 @@
 """The figures, as matplotlib figures that are yet to be saved."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, product
 from textwrap import fill
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from agcseg.figure1 import PANELS, Panel, Setting
 from agcseg.report import compare
 from agcseg.report.claims import NOT_SUPPORTED, SUPPORTED, Verdict
-from agcseg.report.compare import SCALE, Cells, Settings, all_runs, measured, t_interval
+from agcseg.report.compare import SCALE, Cells, Seeds, Settings, all_runs, measured, t_interval
 from agcseg.report.read import NAMES, NORMS, Run
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
@@ -55,8 +55,7 @@ def figure(groups: Settings, reference: str) -> Figure:
     apart = not compare.of_settings(runs) and len(groups) > len(norms) > 1
     lines = max(fill(name, LABEL).count("\n") + 1 for name in order)
     above, below = [3.4] * (1 + apart), 0.75 + (0.07 + 0.16 * lines) * len(order)
-    fig = Figure(figsize=(10, sum(above) + below), dpi=120, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    fig = Figure(figsize=(10, sum(above) + below), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     axes = fig.subplots(2 + apart, 2, height_ratios=[*above, below])
     for column, (metric, title) in enumerate(METRICS.items()):
         levels = commonest(runs) if metric == "pixel_error" else []
@@ -69,7 +68,12 @@ def figure(groups: Settings, reference: str) -> Figure:
             for level in levels:
                 axis.axhline(level, color="0.6", ls=":", lw=1, zorder=1)
                 if scale[0] < level < scale[1]:  # a text elsewhere would take the room of the axes
-                    at = {"xy": (0.995, level), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                    at: dict[str, Any] = {
+                        "xy": (0.995, level),
+                        "xycoords": ("axes fraction", "data"),
+                        "ha": "right",
+                        "va": "bottom",
+                    }
                     axis.annotate("commonest class", **at, size=8, color="0.4", zorder=1)
         _draw_rows(axes[-1, column], groups, order, metric, styles)
     for row, name in enumerate(order):  # its name beside each row, with a piece of its curve
@@ -82,7 +86,13 @@ def figure(groups: Settings, reference: str) -> Figure:
 
 
 def _draw_curves(
-    axis: Axes, groups: Settings, metric: str, title: str, scale: tuple[float, float], styles: dict, band: bool
+    axis: Axes,
+    groups: Mapping[Any, Seeds],
+    metric: str,
+    title: str,
+    scale: tuple[float, float],
+    styles: dict,
+    band: bool,
 ) -> None:
     """A panel of curves: each setting's mean over the seeds that held and, if wanted, a band of their extremes; the
     others are thin lines of their own."""
@@ -132,7 +142,7 @@ def _draw_rows(axis: Axes, groups: Settings, order: list[str], metric: str, styl
             axis.plot([means[name]], [row], "|", c=colour, ms=12, mew=2.2)
             if len(of) > 2:
                 axis.hlines(row, *t_interval(of), colour, lw=1.2)
-        at = {"xy": (0.99, row), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+        at: dict[str, Any] = {"xy": (0.99, row), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
         axis.annotate(", ".join(said), **at, size=8.5, color=colour)
     left, right = axis.get_xlim()
     axis.set_xlim(left, right + 0.35 * (right - left) * any(text.get_text() for text in axis.texts))  # room for it
@@ -171,7 +181,7 @@ def _draw_panel(axis: Axes, panel: Panel, cells: Cells, scale: tuple[float, floa
     axis.set_ylabel(METRICS[panel.metric])
     missing = [compare.label(of) for of in panel.runs if of not in cells]
     if missing:
-        at = {"xy": (0.02, 0.1), "ha": "left"} if there else {"xy": (0.5, 0.5), "ha": "center"}
+        at: dict[str, Any] = {"xy": (0.02, 0.1), "ha": "left"} if there else {"xy": (0.5, 0.5), "ha": "center"}
         text = "\n".join(["no run of", *missing])
         axis.annotate(text, xycoords="axes fraction", color="0.35", fontsize=8, va="center", **at)
     if there:
@@ -201,11 +211,11 @@ def lambda_figure(runs: list[Run]) -> Figure | None:
     """
     if not runs:
         return None
-    heights = [1.2 + 0.19 * len(run.layers["lambda_mean"].columns) for run in runs]
+    heights = [1.2 + 0.19 * len(run.lambda_means.columns) for run in runs]
     fig = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")
     rows = fig.subfigures(len(runs), 1, squeeze=False, height_ratios=heights).flat
     for part, run in zip(rows, runs, strict=True):
-        last, means = run.layers.iloc[-1], run.layers["lambda_mean"]
+        last, means = run.layers.iloc[-1], run.lambda_means
         norm = NAMES.get(run.norm, run.norm)
         where = f"{run.title}: {norm}, minibatch {run.minibatch}, rate {run.rate:.4g}, seed {run.seed}"
         part.suptitle(where, x=0.02, ha="left", fontsize=11, fontweight="bold")
@@ -244,11 +254,11 @@ def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
         names: of all settings of the report, which decide the colours.
     """
     fig = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    axis, (layers, roles) = fig.subplots(), zip(*all_runs(groups)[0].layers["lambda_mean"].columns, strict=True)
+    axis, (layers, roles) = fig.subplots(), zip(*all_runs(groups)[0].lambda_means.columns, strict=True)
     depth = np.arange(len(roles))
     for name, seeds in groups.items():
         runs, style = [*seeds.values()], setting_styles(names)[name]
-        means = np.array([run.layers["lambda_mean"].iloc[[0, -1]] for run in runs])  # (seeds, 2, layers)
+        means = np.array([run.lambda_means.iloc[[0, -1]] for run in runs])  # (seeds, 2, layers)
         lasts = "/".join(map(str, sorted({run.layers.index[-1] for run in runs})))
         text = f"{name}, epoch {lasts}" + f", {len(runs)} seeds" * (len(runs) > 1)
         axis.plot(depth, means[:, 0].mean(0), color=style["color"], ls=":", lw=1.3)
@@ -301,7 +311,9 @@ def predictions(groups: Settings, most: int = 12) -> tuple[Image.Image | None, l
 
     None where no run has stored its predictions.
     """
-    scenes, broken, columns = {}, [], 4
+    scenes: dict[str, Image.Image] = {}
+    broken: list[str] = []
+    columns = 4
     for name, run in [(name, run) for name, seeds in groups.items() for run in seeds.values()]:
         file = run.path / "predictions.png"
         if name in scenes or len(scenes) == most or not file.is_file():

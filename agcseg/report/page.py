@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -62,10 +63,11 @@ def write_report(
     if compare.of_settings(runs) and not of_paper or reference is not None:
         alike, of_paper = True, False
         kept, apart = compare.cells(compare.like(runs, firsts(groups)[base]))
-    notes += dict.fromkeys(twins + apart)
+    notes += [*dict.fromkeys(twins + apart)]
     answers = verdicts(kept, margin, of_paper)
     shown, starts = _with_lambda(kept), lambda_starts(groups)
-    drawn = {"figure1.png": figures.figure1(kept)} if of_paper else {"figure.png": figures.figure(groups, base)}
+    name, curves = ("figure1.png", figures.figure1(kept)) if of_paper else ("figure.png", figures.figure(groups, base))
+    drawn: dict[str, Any] = {name: curves}
     drawn["lambda.png"] = figures.lambda_starts_figure(starts, [*groups]) if starts else figures.lambda_figure(shown)
     drawn["forest.png"] = figures.forest(answers)
     drawn["predictions.png"], unreadable = figures.predictions(groups)
@@ -170,7 +172,8 @@ def settings_table(groups: Settings) -> pd.DataFrame:
         tops = means == means.groupby([f"{first[name].network} {first[name].data}" for name in names]).transform(best)
         table[heading] = [f"**{t}**" if top and len(names) > 1 else t for t, top in zip(texts, tops, strict=True)]
     speed, memory, _ = costs_compared(groups)
-    for heading, cost, digits in [("img/s", compare.speed, 1)] * speed + [("MiB", _memory(groups), 0)] * memory:
+    used = partial(compare.memory, of=_memory_of(groups))
+    for heading, cost, digits in [("img/s", compare.speed, 1)] * speed + [("MiB", used, 0)] * memory:
         costs = pd.Series([cost(groups[name][seed]) for name, seed in values.index], values.index)
         costs = costs.groupby("setting").mean().reindex(names)
         table[heading] = [f"{cost:.{digits}f}" if math.isfinite(cost) else "" for cost in costs]
@@ -199,9 +202,9 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
 
     if len(values) < 3:
         both = f" ({', '.join(map(text, values))})" * (len(values) == 2)
-        return text(np.mean(values)) + both if values else ""
+        return text(float(np.mean(values))) + both if values else ""
     low, high = t_interval(values)
-    return f"{text(np.mean(values))} ± {(high - low) / 2:.{digits}f}"
+    return f"{text(float(np.mean(values)))} ± {(high - low) / 2:.{digits}f}"
 
 
 def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
@@ -214,7 +217,7 @@ def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
     if why:
         return False, False, f"Speed and memory are not compared: {why}."
     which = "peak memory that training adds"
-    if _memory(groups).keywords["of"] == "process":
+    if _memory_of(groups) == "process":
         which = "peak memory of the process (older runs recorded no other)"
     varied = next(filter(None, map(compare.unsteady, seeds)), "")
     if varied or not any(len(compare.speeds(run)) for runs in seeds for run in runs):
@@ -222,10 +225,10 @@ def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
     return True, True, f"img/s: median; MiB: {which}."
 
 
-def _memory(groups: Settings) -> Callable[[Run], float]:
+def _memory_of(groups: Settings) -> str:
     runs = [run for run in all_runs(groups) if run.state == "finished"]
     new = all(math.isfinite(compare.memory(run)) for run in runs)
-    return partial(compare.memory, of="training" if new else "process")
+    return "training" if new else "process"
 
 
 def _spreads(values: pd.Series, names: list[str], digits: int, sign: str = "") -> list[str]:
@@ -365,8 +368,8 @@ def lambda_starts(groups: Settings) -> Settings:
         return run.held and run.norm in FOLLOWED and run.layers is not None and run.layers.index[0] == 0
 
     chosen = {name: {s: run for s, run in seeds.items() if followed(run)} for name, seeds in groups.items()}
-    layers = {tuple(run.layers["lambda_mean"]) for run in all_runs(chosen)}
-    starts = {round(float(run.layers["lambda_mean"].iloc[0].mean()), 3) for run in all_runs(chosen)}
+    layers = {tuple(run.lambda_means) for run in all_runs(chosen)}
+    starts = {round(float(run.lambda_means.iloc[0].mean()), 3) for run in all_runs(chosen)}
     return {name: seeds for name, seeds in chosen.items() if seeds} if len(layers) == 1 < len(starts) else {}
 
 
@@ -375,7 +378,7 @@ def lambda_memory(groups: Settings) -> float:
 
     1: nothing of the start is forgotten; 0: all ends are the same. What seeds differ by is in it too.
     """
-    ends = [np.mean([run.layers["lambda_mean"].iloc[[0, -1]] for run in of.values()], 0) for of in groups.values()]
+    ends = [np.mean([run.lambda_means.iloc[[0, -1]] for run in of.values()], 0) for of in groups.values()]
     before, after = np.ptp(ends, axis=0).mean(1)
     return float(after / before)
 

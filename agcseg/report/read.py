@@ -67,6 +67,12 @@ class Run:
         return f"{network}, {NAMES.get(self.data, self.data)} {self.size[0]}x{self.size[1]}, {self.epochs} epochs"
 
     @property
+    def lambda_means(self) -> pd.DataFrame:
+        """(epochs, layers): mean λ, of a run with `layers`."""
+        assert self.layers is not None
+        return self.layers["lambda_mean"]
+
+    @property
     def held(self) -> bool:
         return self.state != "diverged"
 
@@ -142,7 +148,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
 
     The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
     """
-    rest = {"seed": None, "images per process": None} | deciding(settings, processes)
+    rest: dict[str, Any] = {"seed": None, "images per process": None} | deciding(settings, processes)
     del rest["seed"], rest["images per process"]
     take = rest.pop
     norm, network = take("norm.name"), take("network.name")
@@ -160,7 +166,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     mode, limit, ema, gate = (take(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
     details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
     data = take("data.name")
-    words = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
+    words: dict[str, str] = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
     if background is not None:
@@ -214,7 +220,8 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
     missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)}: missing")
-    given, processes = OmegaConf.to_container(config, resolve=True), int(result.get("processes") or 1)
+    given: Any = OmegaConf.to_container(config, resolve=True)
+    processes = int(result.get("processes") or 1)
     minibatch, epochs, settings = int(config.minibatch), int(config.epochs), complete(given)
     height, width = settings["data.size"]
     return Run(

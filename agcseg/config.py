@@ -10,6 +10,7 @@ import torch
 
 from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.data import LAYOUTS, NAMES
+from agcseg.data.folder import read_classes
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import Network, build, kind
@@ -395,7 +396,7 @@ def _try_foreign(config: Config) -> None:
     disabled, random = logging.root.manager.disable, torch.get_rng_state()
     logging.disable(logging.INFO)  # what became of its norms is told once, where it is trained
     try:
-        module = build_network(config, implementation="literal", pretrained=False)
+        module = build_network(config, _number_of_classes(config.data), implementation="literal", pretrained=False)
     finally:
         logging.disable(disabled)
         torch.set_rng_state(random)
@@ -413,6 +414,16 @@ def _try_foreign(config: Config) -> None:
         raise UserError(
             f"network={config.network.name} cannot be fed images of {shape[2]}x{shape[3]} ({said})"
         ) from None
+
+
+def _number_of_classes(data: DataConfig) -> int:
+    """Of the data, where the file that says so can be read here; what is wrong with it, the data's reader tells."""
+    if data.name in LAYOUTS:
+        return len(LAYOUTS[data.name].classes)
+    try:
+        return len(read_classes(Path(data.root or ".").expanduser(), data.folder.classes))
+    except UserError:
+        return 19
 
 
 def images_available(data: DataConfig) -> dict[str, int] | None:

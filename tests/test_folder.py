@@ -209,7 +209,7 @@ def test_draft(tmp_path, monkeypatch, colored):
     (root / "classes.yaml").unlink()
     monkeypatch.chdir(tmp_path)
     data = data_of(root, folder=FolderConfig(classes="mine.yaml"))
-    write_draft(data)
+    write_draft(data, [])
     text, classes = (root / "mine.yaml").read_text(), read_classes(root, "mine.yaml")
     assert f"drafted from {8} label files" in text and "% of the pixels, in 8 files" in text
     assert len(classes) == 4 if colored else classes.from_file == {0: 0, 1: 1, 2: 2, 255: IGNORE}
@@ -217,7 +217,7 @@ def test_draft(tmp_path, monkeypatch, colored):
     layout, _ = find_data(data)
     assert check_samples(list_samples(layout, root, "train"), layout)[0] == []
     with pytest.raises(UserError, match="mine.yaml: is there already"):
-        write_draft(data)
+        write_draft(data, [])
     assert (root / "mine.yaml").read_text() == text
 
 
@@ -226,25 +226,25 @@ def test_what_cannot_be_drafted(tmp_path):
     (root / "classes.yaml").unlink()
     Image.open(root / "labels/val/000.png").convert("RGB").save(root / "labels/val/000.png")
     with pytest.raises(UserError, match="000.png holds numbers, .*000.png colours; all labels must be of one kind"):
-        write_draft(data_of(root))
+        write_draft(data_of(root), [])
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     for path in root.glob("labels/*/*.png"):
         Image.fromarray(noise).save(path)
     with pytest.raises(UserError, match="2400 different colours, more than 254 classes"):
-        write_draft(data_of(root))
+        write_draft(data_of(root), [])
     (root / "labels/val/000.png").write_bytes(b"")
     with pytest.raises(UserError, match="these label files cannot be read:\n .*000.png: cannot be decoded"):
-        write_draft(data_of(root))
+        write_draft(data_of(root), [])
     shutil.rmtree(root / "labels")
     with pytest.raises(UserError, match="labels/train: no such folder"):
-        write_draft(data_of(root))
+        write_draft(data_of(root), [])
     shutil.move(root / "images/train", root / "flat")
     shutil.rmtree(root / "images")
     shutil.move(root / "flat", root / "images")
     with pytest.raises(UserError, match="images holds pictures itself: .*'images/{name}' .* data.val_share=0.2"):
-        write_draft(data_of(root))
+        write_draft(data_of(root), [])
     with pytest.raises(UserError, match="drafts the classes of data=folder"):
-        write_draft(DataConfig("camvid", str(root)))
+        write_draft(DataConfig("camvid", str(root)), [])
 
 
 @pytest.mark.parametrize(

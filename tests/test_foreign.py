@@ -209,6 +209,15 @@ def test_a_configuration_that_cannot_work(mine, overrides, message):
     assert message in str(error.value)
 
 
+def test_a_network_is_tried_with_the_classes_of_its_data(mine, tmp_path):
+    (tmp_path / "three.py").write_text("from torch import nn\nmake = lambda num_classes: nn.Conv2d(3, 3, 1)\n")
+    (tmp_path / "classes.yaml").write_text("classes: [{name: road}, {name: house}, {name: sky}]\n")
+    overrides = ["network=custom", "network.factory=three:make", "norm=bn"]
+    check(config(*overrides, "data=folder", f"data.root={tmp_path}"))
+    with pytest.raises(UserError, match="gives 2x3x256x512 .*, for 11 classes"):
+        check(config(*overrides, "data=camvid"))
+
+
 def test_a_size_that_the_network_refuses(mine, tmp_path):
     unshuffled = "from torch import nn\n\ndef make(num_classes):\n    return nn.Sequential(nn.PixelUnshuffle(8), "
     (tmp_path / "coarse.py").write_text(unshuffled + "nn.BatchNorm2d(192), nn.Conv2d(192, num_classes, 1))\n")

@@ -1,13 +1,16 @@
 """agcseg-data: check a data set, build its cache, make the built-in streets."""
 
 import logging
+import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from tqdm import tqdm
 
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, to_object
@@ -100,8 +103,8 @@ def _or_null(value) -> str:
     return "null" if value is None else str(value)
 
 
-def write_draft(data: DataConfig) -> None:
-    """Write the file of classes of `data=folder`, drafted from its labels.
+def write_draft(data: DataConfig, given: Iterable[str]) -> None:
+    """Write the file of classes of `data=folder`, drafted from its labels, and say how to go on with what was `given`.
 
     Raises:
         UserError: it is there already, or the labels cannot be used.
@@ -115,7 +118,7 @@ def write_draft(data: DataConfig) -> None:
     layout = folder_layout(root, data.folder, CITYSCAPES)  # whose classes are not looked at
     splits = ("train",) if data.val_share else SPLITS
     write(path, draft(layout, root, splits, lambda items: _progress(items, None, "labels")))
-    log.info(f"wrote {path}: name the classes, then agcseg-data data=folder data.root={root}")
+    log.info(f"wrote {path}: name the classes, then agcseg-data {shlex.join(given)}")
 
 
 def _progress(items, total: int | None, what: str = "decoding"):
@@ -128,7 +131,8 @@ def _job(cfg) -> None:
         wanted = to_object(cfg, DataProgram)
         check_config(Config(data=wanted.data, minibatch=1))
         if wanted.draft:
-            return write_draft(wanted.data)
+            given = HydraConfig.get().overrides.task
+            return write_draft(wanted.data, [override for override in given if not override.startswith("draft=")])
         problems = inspect(wanted)
     except (UserError, OSError) as error:
         fail("agcseg-data", error)

@@ -590,14 +590,6 @@ def test_device_that_is_not_there(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("values", [{}, {"precision": "bf16", "channels_last": True}, {"deterministic": True}])
-def test_cuda(tiny, tmp_path, values):
-    result = run(tiny(device="cuda", **values), tmp_path / "run")
-    assert result["state"] == "finished" and math.isfinite(result["val_loss"])
-
-
 def test_a_run_of_figure_1_is_in_its_panels_only(tiny, tmp_path):
     run(tiny("bn", minibatch=1, epochs=2), tmp_path / "a")
     run(tiny("bn", minibatch=2, epochs=1), tmp_path / "none")

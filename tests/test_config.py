@@ -373,7 +373,11 @@ def test_flags_of_hydra_are_not_taken_for_values(arguments):
     assert hydra_arguments("agcseg-train", arguments, Config) == arguments
 
 
-@pytest.mark.parametrize("arguments", ["-m --cfg job", "--run -m", "-m -i", "--cfg hydra --resolve", "--resolve"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["-m --cfg job", "--run -m", "-m -i", "--cfg hydra --resolve", "--resolve"]
+    + ["minibatch=1,4", "norm=bn,agc --help", "-m norm=bn,agc --help", "seed=range(1,4) --info", "figure1=glob(*)"],
+)
 def test_flags_that_hydra_answers_with_a_traceback(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         hydra_arguments("agcseg-train", arguments.split(), Config)

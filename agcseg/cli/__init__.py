@@ -73,11 +73,16 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         if name in texts and not (flags.multirun and re.fullmatch(_SWEEP, value)):
             value = ",".join(_quoted(text, known, parser) for text in (_parts(value) if flags.multirun else [value]))
         try:
-            parser.parse_override(f"{key}={value}")
+            several = parser.parse_override(f"{key}={value}").is_sweep_override()
         except Exception:  # the grammar's, of several classes
             raise UserError(
                 f"{argument}: the value cannot be read; quote it for {program} too: \"{key}='{value}'\""
             ) from None
+        if several and flags.help:
+            raise UserError(f"{argument}: --help shows one configuration; give one value, or leave {name} out")
+        if several and not flags.multirun:
+            listed = "" if value.endswith(")") else f"; a list is {key}=[{value}]"
+            raise UserError(f"{argument}: several values are a sweep, which needs -m{listed}")
         return f"{key}={value}"
 
     try:

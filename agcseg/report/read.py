@@ -282,7 +282,10 @@ def _metrics(file: Path) -> pd.DataFrame:
 
 
 def _steps(file: Path) -> np.ndarray:
-    losses = np.load(file, allow_pickle=False)
+    try:
+        losses = np.load(file, allow_pickle=False)
+    except ValueError:  # which says how to load it all the same, unsafely
+        raise ValueError("is not what numpy.save writes of numbers") from None
     if losses.ndim != 3 or not np.issubdtype(losses.dtype, np.floating):
         raise ValueError(f"expected numbers of shape (epochs, steps, parts), found {losses.dtype} of {losses.shape}")
     return losses.sum(2)

@@ -255,8 +255,11 @@ def test_program_help_and_imports(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "agcseg-report outputs/demo" in capsys.readouterr().out
-    check = "import agcseg.report, sys; print([m for m in ('hydra', 'matplotlib.pyplot') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
+    check = (
+        "import agcseg.report, sys; print([m for m in ('hydra', 'matplotlib.pyplot') if m in sys.modules]); "
+        "import agcseg.cli.train; print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"  # slow ones
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n[]\n"
 
 
 def blocks_of(page):

@@ -2,16 +2,14 @@
 
 What happens to an image hangs on the seed, the epoch and its place in the data set alone, so that a run that goes on,
 several processes and parts of a minibatch get the same pictures. It happens on the device, to pixels (uint8), by
-torchvision.transforms.v2.
+torchvision.transforms.v2, which is imported where it is used only: that takes as long as importing torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from agcseg.data.labels import IGNORE
 
@@ -27,7 +25,7 @@ def transform(
     contrast: float = 0.0,
     saturation: float = 0.0,
     hue: float = 0.0,
-) -> v2.Compose | None:
+) -> Callable | None:
     """What is done to every image, in this order.
 
     Args:
@@ -39,8 +37,11 @@ def transform(
         brightness, contrast, saturation, hue: how far each may change, as `torchvision.transforms.v2.ColorJitter` says.
 
     Returns:
-        None if that is nothing.
+        a `v2.Compose`, None if that is nothing.
     """
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
     steps: list[v2.Transform] = []
     if tuple(scale) != (1, 1):
         side = max(size)  # a square: of another shape it depends on the version which number is the height
@@ -56,7 +57,7 @@ def transform(
 
 
 def augmented(
-    how: v2.Compose, drawn: tuple[int, int], places: Iterable[int], images: Tensor, *truth: Tensor
+    how: Callable, drawn: tuple[int, int], places: Iterable[int], images: Tensor, *truth: Tensor
 ) -> list[Tensor]:
     """A minibatch after `transform`.
 
@@ -70,6 +71,8 @@ def augmented(
     Returns:
         images, and truth, of the size of the crop.
     """
+    from torchvision import tv_tensors
+
     made = []
     with torch.random.fork_rng(devices=[]):  # transforms draw from the CPU's generator
         for place, image, *labels in zip(places, images, *truth, strict=True):

@@ -3,13 +3,12 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from agcseg.data.augment import augmented
 from agcseg.data.cache import Cached
@@ -81,7 +80,7 @@ def minibatches(
     shuffle: tuple[int, int] | None = None,
     flip: bool = False,
     share: tuple[int, int] = (0, 1),
-    augment: v2.Compose | None = None,
+    augment: Callable | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield (images (N, 3, H, W) float32 normalised, labels (N, H, W) uint8) on the device.
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from agcseg import class_weights
 from agcseg.config import Config, check, momentum, rate
@@ -269,7 +268,7 @@ def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[T
     return losses, lambdas, gradient_norm
 
 
-def _augment(config: Config) -> v2.Compose | None:
+def _augment(config: Config) -> Callable | None:
     options = {key: value for key, value in asdict(config.augment).items() if key != "name"}
     height, width = config.data.size
     return transform((height, width), **options)

@@ -1,4 +1,4 @@
-"""The programs as a user meets them, each in a process of its own."""
+"""The programs as a user meets them, in processes of their own where that matters."""
 
 import errno
 import io
@@ -72,26 +72,6 @@ def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
     assert "agcseg-train: stopped; the same command goes on from the last checkpoint" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["data.root=/nowhere"], 2, "agcseg-train experiment=demo"),
-        (["network=segnt"], 1, "Available options in 'network':"),
-        (["norm=batch"], 1, "instance"),
-        (["minibatches=3"], 2, "minibatches is not a key of the configuration; did you mean minibatch?"),
-        (["data.sise=[32,64]"], 2, "did you mean data.size"),
-        (["data.root=/my data (1)"], 2, "/my data (1) (data.root), and is not complete there"),
-        (["minibatch=abc"], 1, "could not be converted to Integer"),
-        (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
-    ],
-)
-def test_mistakes(command, tmp_path, arguments, code, message):
-    done = command("train", *arguments)
-    assert done.returncode == code and message in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())  # nothing half-written
-
-
 @pytest.mark.parametrize("sweep", [False, True])
 def test_out_of_memory_says_what_to_do(monkeypatch, tmp_path, capsys, sweep):
     from agcseg.cli import train
@@ -129,6 +109,25 @@ def inside(monkeypatch, tmp_path, capsys):
         return 0, capsys.readouterr().err
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data.root=/nowhere"], 2, "agcseg-train experiment=demo"),
+        (["network=segnt"], 1, "Available options in 'network':"),
+        (["norm=batch"], 1, "instance"),
+        (["minibatches=3"], 2, "minibatches is not a key of the configuration; did you mean minibatch?"),
+        (["data.sise=[32,64]"], 2, "did you mean data.size"),
+        (["data.root=/my data (1)"], 2, "/my data (1) (data.root), and is not complete there"),
+        (["minibatch=abc"], 1, "could not be converted to Integer"),
+        (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
+    ],
+)
+def test_mistakes(inside, tmp_path, arguments, code, message):
+    ended, said = inside(*arguments)
+    assert ended == code and message in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())  # nothing half-written
 
 
 @pytest.mark.parametrize("what", ["file", "dangling link", "read-only", "full", "long", "result", "no names"])

@@ -16,7 +16,7 @@ import agcseg.nn.fast
 from agcseg import build
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
-from agcseg.nn import NORMS, ConvUnit, agc, agc_relu, agc_unit, max_pool2d, max_unpool2d
+from agcseg.nn import NORMS, ConvUnit, agc, agc_relu, agc_unit, max_pool2d, max_unpool2d, passes
 from agcseg.nn.fast import Geometry
 from agcseg.nn.pooling import window_offsets
 
@@ -104,6 +104,17 @@ def test_equals_the_formula(case):
     assert len(ours) == len(theirs) > 4
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["plain", "unpool and pool", "channels_last, unpool and pool"])
+def test_equals_the_formula_in_blocks(case, monkeypatch):
+    """As maps and filters are gone through that do not fit in a cache."""
+    monkeypatch.setattr(passes, "BLOCK", 40)
+    monkeypatch.setattr(passes, "CACHED", 40)
+    test_equals_the_formula(case)
+    filters, gain = torch.randn(7, 3, 3, 3), torch.randn(7)
+    expected = (filters * gain.view(-1, 1, 1, 1)).bfloat16()
+    assert torch.equal(passes.fold(filters, gain, torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("case", ["zero gain", "unpool and pool", "stem, concatenation"])

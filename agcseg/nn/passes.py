@@ -14,6 +14,7 @@ from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CACHED = 2**18  # numbers that stay in a processor's cache
+BLOCK = 2 * CACHED  # of maps at a time: larger than the cache of some, but with half of the calls
 TRITON = find_spec("triton") is not None  # comes with torch for CUDA on Linux; imported where it is used only
 
 
@@ -97,10 +98,16 @@ def _as_maps(level: Tensor, maps: Tensor) -> Tensor:
 
 
 def fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """γW, in another dtype."""
+    """γW, in another dtype. On a CPU the products are made in its cache."""
+    gain = gain.view(-1, 1, 1, 1)
+    if dtype == filters.dtype:
+        return filters * gain
+    folded = torch.empty_like(filters, dtype=dtype)
     if filters.is_cuda:  # there one kernel does both
-        return torch.mul(filters, gain.view(-1, 1, 1, 1), out=torch.empty_like(filters, dtype=dtype))
-    return (filters * gain.view(-1, 1, 1, 1)).to(dtype)
+        return torch.mul(filters, gain, out=folded)
+    for w, scale, product in _cached_rows(filters, gain, folded):
+        product.copy_(w * scale)
+    return folded
 
 
 def filter_gradients(d_filters: Tensor, filters: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,14 +118,19 @@ def filter_gradients(d_filters: Tensor, filters: Tensor, gain: Tensor) -> tuple[
     if fast := kernels(d_filters):
         return fast.filter_gradients(d_filters, filters, gain)
     d_filters = as_parameter(d_filters, filters)
+    d_gain = []
+    for w, d, scale in _cached_rows(filters, d_filters, gain.view(-1, 1, 1, 1)):
+        d_gain.append((w * d).sum((1, 2, 3), dtype=statistics_dtype(w)))
+        d.mul_(scale)
+    return d_filters, (torch.cat(d_gain) if len(d_gain) > 1 else d_gain[0]).to(gain.dtype)
+
+
+def _cached_rows(filters: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same filters of each, on a CPU as many as stay in its cache."""
     rows = len(filters)
     if filters.device.type == "cpu":
         rows = min(max(1, CACHED // filters[0].numel()), rows)
-    d_gain = []
-    for w, d, scale in zip(filters.split(rows), d_filters.split(rows), gain.split(rows), strict=True):
-        d_gain.append((w * d).sum((1, 2, 3), dtype=statistics_dtype(w)))
-        d.mul_(scale.view(-1, 1, 1, 1))
-    return d_filters, (torch.cat(d_gain) if len(d_gain) > 1 else d_gain[0]).to(gain.dtype)
+    return zip(*(tensor.split(rows) for tensor in (filters, *others)), strict=True)
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -198,10 +210,10 @@ def _rows(values: Tensor, fmt: torch.memory_format) -> Tensor:
 
 
 def _blocks(windows: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, as many as stay in a CPU's cache; on other devices all."""
+    """The same rows of each, as many as about stay in a CPU's cache; on other devices all."""
     size = len(windows)
-    if windows.device.type == "cpu" and windows.numel() > CACHED:
-        size = max(1, CACHED * len(windows) // windows.numel())
+    if windows.device.type == "cpu" and windows.numel() > BLOCK:
+        size = max(1, BLOCK * len(windows) // windows.numel())
     return zip(windows.split(size), *(r.split(size) for r in rows), strict=True)
 
 

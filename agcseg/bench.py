@@ -35,7 +35,15 @@ from agcseg.nn import GEMS, NORMS, add_noise
 from agcseg.nn.background import BACKGROUNDS
 from agcseg.nn.inference import inference_form
 from agcseg.nn.unit import backward_work, forward_work
-from agcseg.training.machine import compiled, keeping, out_of_memory, peak_memory, reset_peak_memory, settings
+from agcseg.training.machine import (
+    compiled,
+    keep_freed_memory,
+    keeping,
+    out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    settings,
+)
 from agcseg.training.step import EAGER, graphed
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
@@ -93,6 +101,8 @@ class Step:
     def __init__(self, case: Case, **options) -> None:
         """`options` of the network are beside those that follow from the case."""
         self.case, self.device = case, torch.device(case.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()  # as a run does
         torch.manual_seed(0)
         if case.form in BACKGROUNDS:
             options["norm_options"] = {"background": case.form}

@@ -23,6 +23,7 @@ SIGNS_OF_NO_MEMORY = (
     "host_allocation_failed",
     "unable to find an engine",  # cuDNN has algorithms, and no room for the workspace of any
 )
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def find_device(name: str) -> torch.device:
@@ -41,6 +42,7 @@ def find_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("a run computes on the CPU or on CUDA")
         if device.type == "cpu":
+            keep_freed_memory()
             return torch.device("cpu")  # "cpu:0" is another name of it, and compares as another device
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -50,6 +52,23 @@ def find_device(name: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise UserError(f"device={name}: cannot be used here ({first}); try device=auto or device=cpu") from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees, where the C library is glibc.
+
+    Each step frees the maps of the one before and asks for as many again. Left to itself glibc gives large ones back to
+    the system, which clears every page anew: a fifth of SegNet's step at 256x512 in float32, with any norm.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # of other systems
+        for parameter, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1):
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def give_back_freed_memory() -> None:
+    """To the system, all of it: what this process has freed is not in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -110,6 +129,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of earlier runs in this process
 
 
@@ -127,8 +147,7 @@ def idle_memory(device: torch.device) -> float:
     """MiB in use now: by CUDA's counter, or by the process itself, the files that it maps left out."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError, AttributeError):  # what an earlier run of this process has freed is not in use
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()
     return _process_sizes().get("RssAnon") or peak_memory(device)
 
 

@@ -115,6 +115,7 @@ def test_equals_the_formula_in_blocks(case, monkeypatch):
     filters, gain = torch.randn(7, 3, 3, 3), torch.randn(7)
     expected = (filters * gain.view(-1, 1, 1, 1)).bfloat16()
     assert torch.equal(passes.fold(filters, gain, torch.bfloat16), expected)
+    assert passes.fold(filters.bfloat16(), gain, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("case", ["zero gain", "unpool and pool", "stem, concatenation"])

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import platform
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,14 @@ from agcseg.record.folder import new_folder
 from agcseg.record.identity import differences
 from agcseg.record.tensorboard import TensorBoard
 from agcseg.training.lines import Bar
-from agcseg.training.machine import added_memory, idle_memory, keeping, reset_peak_memory
+from agcseg.training.machine import (
+    _process_sizes,
+    added_memory,
+    idle_memory,
+    keep_freed_memory,
+    keeping,
+    reset_peak_memory,
+)
 from agcseg.training.recipe import parameter_groups
 from agcseg.training.run import run
 from agcseg.training.state import begin
@@ -588,6 +596,16 @@ def test_device_that_is_not_there(tiny, tmp_path):
     with pytest.raises(UserError, match=r"device=cuda:9: cannot be used here .* try device=auto"):
         run(tiny(device="cuda:9"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_what_is_freed_is_kept_until_it_is_given_back():
+    keep_freed_memory()
+
+    device = torch.device("cpu")
+    before = idle_memory(device)
+    torch.ones(16 * 2**20)  # 64 MiB
+    assert _process_sizes()["RssAnon"] > before + 50 and idle_memory(device) < before + 10
 
 
 def test_a_run_of_figure_1_is_in_its_panels_only(tiny, tmp_path):

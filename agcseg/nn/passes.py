@@ -100,7 +100,7 @@ def _as_maps(level: Tensor, maps: Tensor) -> Tensor:
 def fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """γW, in another dtype. On a CPU the products are made in its cache."""
     gain = gain.view(-1, 1, 1, 1)
-    if dtype == filters.dtype:
+    if dtype == filters.dtype == gain.dtype:
         return filters * gain
     folded = torch.empty_like(filters, dtype=dtype)
     if filters.is_cuda:  # there one kernel does both

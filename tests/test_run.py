@@ -601,7 +601,6 @@ def test_device_that_is_not_there(tiny, tmp_path):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_what_is_freed_is_kept_until_it_is_given_back():
     keep_freed_memory()
-
     device = torch.device("cpu")
     before = idle_memory(device)
     torch.ones(16 * 2**20)  # 64 MiB

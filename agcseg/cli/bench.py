@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--channels-last", action="store_true", help="images and weights in channels-last order")
     add("--rounds", type=int, default=7, help="how often the variants take turns (default: 7)")
     add("--inference", action="store_true", help="forward only, in eval mode; times only, and other default variants")
-    add("--no-memory", action="store_true", help="times only")
+    add("--no-memory", action="store_true", help="times only, on a CPU all in one process: a quick look")
     add("--budget", type=_bytes, help="find the largest minibatch within so much memory, such as 12GiB, instead")
     add(
         "--frontier",

@@ -58,7 +58,7 @@ def keep_freed_memory() -> None:
     """Let the process keep the memory that it frees, where the C library is glibc.
 
     Each step frees the maps of the one before and asks for as many again. Left to itself glibc gives large ones back to
-    the system, which clears every page anew: a fifth of SegNet's step at 256x512 in float32, with any norm.
+    the system, which clears every page anew: a fifth of SegNet's step at 256x512 in float32, NCHW.
     """
     with contextlib.suppress(OSError, AttributeError):  # of other systems
         for parameter, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1):

@@ -5,6 +5,7 @@ on the numbers as integers: exact, also of infinities, and several times faster 
 gather, which take number by number; nor do they need positions, which a GPU would sort to scatter deterministically.
 """
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
+PAIRS = {2: torch.int32, 4: torch.int64} if sys.byteorder == "little" else {}
 CACHED = 2**18  # numbers that stay in a processor's cache
 BLOCK = 2 * CACHED  # of maps at a time: larger than the cache of some, but with half of the calls
 TRITON = find_spec("triton") is not None  # comes with torch for CUDA on Linux; imported where it is used only
@@ -44,7 +47,8 @@ def sums(maps: Tensor) -> Tensor:
     """
     dtype = statistics_dtype(maps)
     if maps.dtype == torch.bfloat16 and maps.device.type == "cpu":
-        return maps.sum((2, 3)).to(dtype)
+        rows = maps.permute(0, 2, 3, 1).sum(2) if layout(maps) == torch.channels_last else maps.sum(3).mT
+        return rows.sum(1, dtype=dtype)
     return maps.sum((2, 3), dtype=dtype)
 
 
@@ -111,18 +115,14 @@ def fold(filters: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def filter_gradients(d_filters: Tensor, filters: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """dW = γ·dW', with the strides and dtype of W, and dγ = <W, dW'>. May overwrite dW'.
-
-    On a CPU in blocks that stay in its cache.
-    """
+    """dW = γ·dW', with the strides and dtype of W, and dγ = <W, dW'>. May overwrite dW'."""
     if fast := kernels(d_filters):
         return fast.filter_gradients(d_filters, filters, gain)
     d_filters = as_parameter(d_filters, filters)
-    d_gain = []
-    for w, d, scale in _cached_rows(filters, d_filters, gain.view(-1, 1, 1, 1)):
-        d_gain.append((w * d).sum((1, 2, 3), dtype=statistics_dtype(w)))
-        d.mul_(scale)
-    return d_filters, (torch.cat(d_gain) if len(d_gain) > 1 else d_gain[0]).to(gain.dtype)
+    order = (0, 2, 3, 1) if layout(filters) == torch.channels_last else (0, 1, 2, 3)  # in which memory has them
+    w, d = (numbers.permute(order).flatten(1) for numbers in (filters, d_filters))
+    d_gain = torch.linalg.vecdot(w, d).to(gain.dtype)
+    return d_filters.mul_(gain.view(-1, 1, 1, 1)), d_gain
 
 
 def _cached_rows(filters: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -146,7 +146,7 @@ def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
     maxima = empty(maps, (n, c, h // 2, w // 2), fmt)
     cells = torch.empty_like(maxima, dtype=torch.uint8)
     for windows, maximum, cell in _blocks(_windows(maps, fmt), _rows(maxima, fmt), _rows(cells, fmt)):
-        (a, b), (c, d) = ([windows[:, i, :, j].contiguous() for j in (0, 1)] for i in (0, 1))
+        (a, b), (c, d) = _columns(windows[:, 0]), _columns(windows[:, 1])
         right, right_below = _less(a, b), _less(c, d)
         upper, lower = torch.maximum(a, b, out=a), torch.maximum(c, d, out=c)
         below = _less(upper, lower)
@@ -164,9 +164,15 @@ def unpool(values: Tensor, cells: Tensor) -> Tensor:
     fmt = layout(values)
     maps = empty(values, (n, c, 2 * h, 2 * w), fmt)
     for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
-        windows, below, right = _bits(windows), *_masks(cell, value)
-        lower = _bits(value) & below
-        for i, row in enumerate((_bits(value) ^ lower, lower)):
+        pairs, value, below, right = _pairs(windows), _bits(value), cell >> 1, cell & 1
+        if pairs is not None:
+            row = value.view(UNSIGNED[value.dtype]).to(pairs.dtype).bitwise_left_shift_(_shift(right, pairs))
+            lower = torch.bitwise_and(row, _mask(below, row), out=pairs[:, 1])
+            torch.bitwise_xor(row, lower, out=pairs[:, 0])
+            continue
+        windows, right = _bits(windows), _mask(right, value)
+        lower = value & _mask(below, value)
+        for i, row in enumerate((value ^ lower, lower)):
             at_right = row & right
             windows[:, i, :, 0].copy_(row.bitwise_xor_(at_right))
             windows[:, i, :, 1].copy_(at_right)
@@ -180,10 +186,16 @@ def gather(maps: Tensor, cells: Tensor) -> Tensor:
     fmt = layout(maps)
     values = torch.empty_like(cells, dtype=maps.dtype, memory_format=fmt)
     for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
-        windows, below, right = _bits(windows), *_masks(cell, value)
-        (a, b), (c, d) = ([windows[:, i, :, j].contiguous() for j in (0, 1)] for i in (0, 1))
+        pairs, value, below, right = _pairs(windows), _bits(value), cell >> 1, cell & 1
+        if pairs is not None:
+            upper = pairs[:, 0]
+            row = (upper ^ pairs[:, 1]).bitwise_and_(_mask(below, pairs)).bitwise_xor_(upper)
+            value.copy_(row.bitwise_right_shift_(_shift(right, pairs)))
+            continue
+        right = _mask(right, value)
+        (a, b), (c, d) = ([_bits(x) for x in _columns(windows[:, i])] for i in (0, 1))
         upper, lower = _choose(a, b, right), _choose(c, d, right)
-        _bits(value).copy_(_choose(upper, lower, below))
+        value.copy_(_choose(upper, lower, _mask(below, value)))
     return values
 
 
@@ -217,6 +229,27 @@ def _blocks(windows: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(windows.split(size), *(r.split(size) for r in rows), strict=True)
 
 
+def _pairs(windows: Tensor) -> Tensor | None:
+    """Each two numbers side by side as one integer, the left one its lower half: (..., windows in a row, 1).
+
+    None where they do not lie side by side, or no integer is as large.
+    """
+    wide = PAIRS.get(windows.element_size())
+    if wide is None or windows.shape[-1] > 1 or windows.storage_offset() % 2:
+        return None
+    return windows.flatten(-2).view(wide)
+
+
+def _columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the left and the right numbers of one row of each window."""
+    pairs = _pairs(rows)
+    if pairs is None:
+        return rows[:, :, 0].contiguous(), rows[:, :, 1].contiguous()
+    narrow = INTEGERS[rows.element_size()]
+    left, right = pairs.to(narrow), (pairs >> 4 * pairs.element_size()).to(narrow)
+    return left.view(rows.dtype), right.view(rows.dtype)
+
+
 def _bits(numbers: Tensor) -> Tensor:
     return numbers.view(INTEGERS[numbers.element_size()])
 
@@ -226,10 +259,14 @@ def _less(a: Tensor | int, b: Tensor) -> Tensor:
     return _bits(a - b).bitwise_right_shift_(8 * b.element_size() - 1)
 
 
-def _masks(cells: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """All bits set where the cell is in the lower row, and where it is at the right."""
-    cells = cells.to(INTEGERS[like.element_size()])
-    return (cells >> 1).neg_(), (cells & 1).neg_()
+def _shift(bit: Tensor, pairs: Tensor) -> Tensor:
+    """Half of a pair's bits where `bit` is 1, none where it is 0. Overwrites `bit`, uint8."""
+    return bit.mul_(4 * pairs.element_size()).to(pairs.dtype)
+
+
+def _mask(bit: Tensor, like: Tensor) -> Tensor:
+    """All bits set where `bit` is 1, none where it is 0. Overwrites `bit`, uint8."""
+    return bit.neg_().view(torch.int8).to(like.dtype)
 
 
 def _choose(a: Tensor, b: Tensor, second: Tensor) -> Tensor:

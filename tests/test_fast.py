@@ -118,6 +118,20 @@ def test_equals_the_formula_in_blocks(case, monkeypatch):
     assert passes.fold(filters.bfloat16(), gain, torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "concatenation" in case])
+def test_equals_the_formula_of_the_concatenation(case, monkeypatch):
+    """As a GPU's are computed that are small enough to be built."""
+    monkeypatch.setattr(agcseg.nn.unit, "_joins", lambda like, n, shapes: len(shapes) > 1)
+    test_equals_the_formula(case)
+    fast, _, run, inputs = make(**CASES[case])
+    inputs[0].requires_grad_(False)  # nor do all of them need a gradient
+    output = run(fast, inputs)
+    some = torch.autograd.grad(output.sum(), inputs[1:])
+    monkeypatch.undo()
+    expected = torch.autograd.grad(run(fast, inputs).sum(), inputs[1:])
+    torch.testing.assert_close(some, expected, atol=1e-10, rtol=1e-12)
+
+
 @pytest.mark.parametrize("case", ["zero gain", "unpool and pool", "stem, concatenation"])
 def test_gradcheck(case):
     fast, _, run, inputs = make(**{"n": 2, **CASES[case], "size": (4, 4)})

@@ -50,7 +50,7 @@ class ClassNet(nn.Module):
     over the concatenation of its inputs with that. Two heads of 1x1, with a bias and neither norm nor ReLU, give the
     logits. `encoder`, `lateral` and `decoder` have the finest resolution first.
 
-    In the fast AGC form no concatenation is built. At 128x128 the deepest map is a single pixel: mean subtraction
+    In the fast AGC form no concatenation is kept. At 128x128 the deepest map is a single pixel: mean subtraction
     leaves nothing of it, and instance normalisation, or batch normalisation of one image, is refused by torch.
 
     Args:

@@ -55,8 +55,8 @@ def agc_unit(
     maps are taken in at least float32. There is no second derivative.
 
     Args:
-        input: maps (N, C, H, W), or several that are taken as concatenated over the channels without building the
-            concatenation.
+        input: maps (N, C, H, W), or several that are taken as concatenated over the channels. The concatenation is not
+            kept for backward, and built at all only of small maps on a GPU.
         filters: W, (K, C, k, k), k odd unless `geometry` gives the padding; (K, C / groups, k, k) with groups.
         weight, bias, mean_scale: γ, β, λ, each (K,).
         unpool: winners (see Returns) of shape (N, C, H, W): `input` is unpooled to (N, C, 2H, 2W) in front of the

@@ -28,6 +28,7 @@ class Geometry(NamedTuple):
 
 PLAIN = Geometry()
 PARTS = 4  # of a minibatch, at most, in which a GPU rebuilds maps; of a small one 2
+JOINED = 2**23  # numbers, up to which a GPU concatenates maps sooner than a host asks for a convolution of each
 
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -58,6 +59,8 @@ def _forward(inputs, unpool, parameters, stem, geometry, pool):
     """The output, winners of the pooling, mean of z' and of the stem's z'; numbers there are none of are empty."""
     filters, gain, bias, mean_scale = parameters
     geometry, maps, stem_mean = _geometry(*geometry), inputs, None
+    if _joins(inputs[0], len(inputs[0]), [x.shape[1:] for x in inputs]):
+        maps = [torch.cat(inputs, 1)]
     if stem:
         output, _, stem_mean = passes.activate(_convolve(maps, *stem[:2], _same(stem[0])), *stem[2:])
         maps = [output]
@@ -104,6 +107,15 @@ def _backward_part(
     grad, output, winners, unpool, mean, stem_mean, inputs, parameters, stem, shapes, geometry, needs
 ) -> list[Tensor | None]:
     """`_backward` for some samples of the minibatch; None where not needed."""
+    if _joins(output, len(output), shapes):
+        channels, (_, height, width) = [shape[0] for shape in shapes], shapes[0]
+        joined = [torch.cat(inputs, 1)] if inputs else []
+        *grads, d_joined = _backward_part(
+            grad, output, winners, unpool, mean, stem_mean, joined, parameters, stem,
+            [(sum(channels), height, width)], geometry, [*needs[:8], any(needs[8:])],
+        )  # fmt: skip
+        d_maps = [None] * len(shapes) if d_joined is None else d_joined.split(channels, 1)
+        return [*grads, *(d if need else None for d, need in zip(d_maps, needs[8:], strict=True))]
     need_maps = tuple(needs[8:]) if not stem else (any(needs[4:]),)
     maps, shapes_of_maps = tuple(inputs), shapes
     if stem:
@@ -153,6 +165,11 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, 
         d_filters = torch.cat(slices, 1) if len(slices) > 1 else slices[0]
         d_filters, d_gain = passes.filter_gradients(d_filters, filters, gain)
     return [d_filters, d_gain, d_bias, d_mean_scale], d_maps
+
+
+def _joins(like: Tensor, n: int, shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether the maps of a convolution, of (C, H, W) `shapes`, are concatenated for it."""
+    return like.is_cuda and len(shapes) > 1 and n * sum(math.prod(shape) for shape in shapes) <= JOINED
 
 
 def _same(filters: Tensor) -> Geometry:

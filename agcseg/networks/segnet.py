@@ -74,8 +74,8 @@ class SegNet(nn.Module):
     def _choose(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
         stage: Any = self.encoder[0]
-        if budget and stage[0].is_fast:  # of a narrow network it costs more, and is worth it still
-            self._rebuilt.add(stage[0])
+        self._stem = bool(budget) and stage[0].is_fast  # of a narrow network it costs more, and is worth it still
+        self._rebuilt.discard(stage[0])  # by the second unit
 
     def _costs(self) -> list[Cost]:
         costs = []
@@ -96,10 +96,8 @@ class SegNet(nn.Module):
 
     def _forward(self, maps: Tensor, run: Callable | None = None) -> Tensor:
         pooled = []
-        first: Any = self.encoder[0]
-        rebuilt = first[0] in self._rebuilt
         for stage in self.encoder:
-            maps, winners = stage(maps, pool=True, stem=rebuilt and stage is first, run=run)
+            maps, winners = stage(maps, pool=True, stem=self._stem and stage is self.encoder[0], run=run)
             pooled.append(winners)
         for stage in self.decoder:
             maps = stage(maps, unpool=pooled.pop(), run=run)

@@ -126,11 +126,9 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
         and not (torch.compiler.is_compiling() or transformed())
     ):
         height, width = unpool.shape[2:]
-        rows, columns = unpool // (4 * width), unpool % (2 * width) // 2
-        if not (
-            torch.equal(rows, torch.arange(height).view(-1, 1).expand_as(unpool))
-            and torch.equal(columns, torch.arange(width).expand_as(unpool))
-        ):
+        upper_left = torch.arange(0, 4 * width * height, 4 * width).view(-1, 1) + torch.arange(0, 2 * width, 2)
+        row = (unpool - upper_left).bitwise_and_(~1)
+        if not ((row == 0) | (row == 2 * width)).all():
             raise ValueError("winners must lie in the 2x2 windows of their own positions")
 
 
@@ -153,9 +151,33 @@ def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, g
     if unpool is not None:
         maps = max_unpool2d(maps, unpool)
     if stem is not None:
-        maps = agc_relu(F.conv2d(maps, stem[0].to(maps.dtype), None, *_same(stem[0])), *stem[1:])
-    maps = agc_relu(F.conv2d(maps, filters.to(maps.dtype), None, *geometry), weight, bias, mean_scale)
+        maps = _convolved(maps, stem, _same(stem[0]))
+    maps = _convolved(maps, (filters, weight, bias, mean_scale), geometry)
     return max_pool2d(maps) if pool else maps
+
+
+def _convolved(maps: Tensor, parameters: Parameters, geometry: Geometry) -> Tensor:
+    filters, weight, bias, mean_scale = parameters
+    if transformed() or filters.numel() > len(maps) * len(filters) * maps.shape[2:].numel():  # as many are kept
+        return agc_relu(F.conv2d(maps, filters.to(maps.dtype), None, *geometry), weight, bias, mean_scale)
+    folded = (filters * weight.view(-1, 1, 1, 1)).to(maps.dtype)
+    return _Activate.apply(F.conv2d(maps, folded, None, *geometry), bias, mean_scale)
+
+
+class _Activate(torch.autograd.Function):
+    """relu(z' - λ·mean(z') + β) in place of z' = (γW) * x."""
+
+    @staticmethod
+    def forward(ctx, z, bias, mean_scale):
+        output, _, mean = passes.activate(z, bias, mean_scale)
+        ctx.mark_dirty(z)
+        ctx.save_for_backward(output, mean, mean_scale)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        output, mean, mean_scale = ctx.saved_tensors
+        return passes.backward(grad, output, None, mean, mean_scale, True)
 
 
 class _Unit(torch.autograd.Function):
@@ -225,8 +247,12 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     if has_torch_function_unary(input):
         return handle_torch_function(agc_relu, (input,), input, weight, bias, mean_scale)
     _check(input, weight, bias, mean_scale)
-    if torch.compiler.is_compiling() or _is_small(input, len(weight)):  # a compiler decides by itself what to keep
+    if torch.compiler.is_compiling() or transformed():  # a compiler decides by itself what to keep
         return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
+    if _is_small(input, len(weight)):  # torch's own operations, whose backward needs no Python
+        level = torch.addcmul(bias, mean_scale * weight, passes.sums(input) / input.shape[2:].numel(), value=-1)
+        level, weight = (number.to(input.dtype)[..., None, None] for number in (level, weight))
+        return torch.addcmul(level, input, weight).relu_()
     return _AGCReLU.apply(input, weight, bias, mean_scale)
 
 

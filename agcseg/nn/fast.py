@@ -158,10 +158,11 @@ def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, g
 
 def _convolved(maps: Tensor, parameters: Parameters, geometry: Geometry) -> Tensor:
     filters, weight, bias, mean_scale = parameters
-    if transformed() or filters.numel() > len(maps) * len(filters) * maps.shape[2:].numel():  # as many are kept
-        return agc_relu(F.conv2d(maps, filters.to(maps.dtype), None, *geometry), weight, bias, mean_scale)
-    folded = (filters * weight.view(-1, 1, 1, 1)).to(maps.dtype)
-    return _Activate.apply(F.conv2d(maps, folded, None, *geometry), bias, mean_scale)
+    # Kept for backward are the folded filters, or else the convolution's output.
+    fold = filters.numel() <= len(maps) * len(filters) * maps.shape[2:].numel() and not transformed()
+    folded = filters * weight.view(-1, 1, 1, 1) if fold else filters
+    z = F.conv2d(maps, folded.to(maps.dtype), None, *geometry)  # type: ignore[arg-type]  # its padding is no None here
+    return _Activate.apply(z, bias, mean_scale) if fold else agc_relu(z, weight, bias, mean_scale)
 
 
 class _Activate(torch.autograd.Function):

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
@@ -143,9 +144,12 @@ def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima of the 2x2 windows, (N, C, H/2, W/2), and the cells (uint8) of the first one in each."""
     n, c, h, w = maps.shape
     fmt = layout(maps)
+    if fmt == torch.channels_last:  # of which torch's own is fast
+        maxima, positions = F.max_pool2d(maps, 2, return_indices=True)
+        return maxima, cells_of(positions, w)
     maxima = empty(maps, (n, c, h // 2, w // 2), fmt)
-    cells = torch.empty_like(maxima, dtype=torch.uint8)
-    for windows, maximum, cell in _blocks(_windows(maps, fmt), _rows(maxima, fmt), _rows(cells, fmt)):
+    winners = torch.empty_like(maxima, dtype=torch.uint8)
+    for windows, maximum, cell in _blocks(_windows(maps, fmt), _rows(maxima, fmt), _rows(winners, fmt)):
         (a, b), (c, d) = _columns(windows[:, 0]), _columns(windows[:, 1])
         right, right_below = _less(a, b), _less(c, d)
         upper, lower = torch.maximum(a, b, out=a), torch.maximum(c, d, out=c)
@@ -153,7 +157,17 @@ def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(upper, lower, out=maximum)
         right ^= right_below.bitwise_xor_(right).bitwise_and_(below)
         cell.copy_(below.mul_(-2).sub_(right))
-    return maxima, cells
+    return maxima, winners
+
+
+def cells_of(positions: Tensor, width: int) -> Tensor:
+    """The cells (uint8) that flat positions in maps of that width are, each in its own window, (N, C, h, w)."""
+    rows, columns = (torch.arange(side, device=positions.device) for side in positions.shape[2:])
+    upper_left = 2 * width * rows[:, None] + 2 * columns
+    # From here on modulo 2^16: a quarter of the memory, and the difference is small.
+    within = positions.to(torch.int16).sub_(upper_left.to(torch.int16))
+    below = (within.bitwise_and(-2) != 0).to(torch.uint8)
+    return below.mul_(2).add_(within.bitwise_and_(1).to(torch.uint8))
 
 
 def unpool(values: Tensor, cells: Tensor) -> Tensor:

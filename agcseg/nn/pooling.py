@@ -75,7 +75,7 @@ def window_offsets(winners: Tensor, width: int) -> Tensor:
     """Cells 0..3 (uint8) of winners in either notation; `width` is that of the map in front of the pooling."""
     if winners.dtype == torch.uint8:
         return winners
-    return ((winners // width % 2) * 2 + winners % 2).to(torch.uint8)
+    return passes.cells_of(winners, width)
 
 
 def _unpool_by_shuffle(input: Tensor, offsets: Tensor) -> Tensor:

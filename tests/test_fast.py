@@ -38,6 +38,7 @@ CASES = {
     "1x1": {"kernel_size": 1},
     "minibatch 1": {"n": 1},
     "odd size": {"size": (5, 7)},
+    "more numbers in the filters than in the maps": {"size": (2, 2), "n": 1},
     "zero gain": {"gain": 0.0},
     "negative gain": {"gain": -0.7},
     **{f"lambda {value}": {"mean_scale": value} for value in (-0.3, 0.0, 0.5, 1.0, 2.0)},
@@ -202,6 +203,7 @@ def test_compiles_without_graph_breaks(case):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@both_forms
 def test_second_derivative_is_refused():
     fast, _, run, inputs = make()
     with pytest.raises(RuntimeError, match="no second derivative.*literal"):

@@ -177,6 +177,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _only_once("the fast AGC unit", "build with implementation='literal', convert with fuse=False")
         output, mean, mean_scale = ctx.saved_tensors
         return passes.backward(grad, output, None, mean, mean_scale, True)
 
@@ -203,12 +204,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        # Not once_differentiable: its message comes later and names no remedy.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fast AGC unit has no second derivative (create_graph=True): build with implementation='literal', "
-                "convert with fuse=False"
-            )
+        _only_once("the fast AGC unit", "build with implementation='literal', convert with fuse=False")
         needs = ctx.needs_input_grad[3:]
         if grad is None:
             return None, None, None, *(None for _ in needs)
@@ -218,6 +214,12 @@ class _Unit(torch.autograd.Function):
             grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, ctx.shapes, ctx.geometry, needs
         )
         return None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _only_once(what: str, remedy: str) -> None:
+    """For a backward. Not once_differentiable: its message comes later and names no remedy."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} has no second derivative (create_graph=True): {remedy}")
 
 
 class AGCReLU2d(AGC2d):
@@ -269,10 +271,7 @@ class _AGCReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "agc_relu has no second derivative (create_graph=True): use relu(agc(...)), convert with fuse=False"
-            )
+        _only_once("agc_relu", "use relu(agc(...)), convert with fuse=False")
         output, mean, gain, bias, mean_scale, input = ctx.saved_tensors
         needs = ctx.needs_input_grad
         g = torch.ops.aten.threshold_backward(grad, output, 0)

@@ -28,7 +28,7 @@ from torch.nn.modules.utils import _pair
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes
-from agcseg.nn.agc import AGC2d, _check, agc, transformed
+from agcseg.nn.agc import AGC2d, _check, _statistics_dtype, agc, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 from agcseg.nn.unit import PLAIN, Geometry, _same, operands
 
@@ -75,27 +75,31 @@ def agc_unit(
     if has_torch_function(inputs):
         options: dict[str, Any] = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
         return handle_torch_function(agc_unit, inputs, input, filters, weight, bias, mean_scale, **options)
-    stride, padding, dilation, groups = geometry
-    geometry = Geometry(_pair(stride), padding if padding is None else _pair(padding), _pair(dilation), groups)
+    # Each step of Python costs a small unit's time: what is plain is seen by few of them.
+    if geometry is not PLAIN:
+        stride, padding, dilation, groups = geometry
+        geometry = Geometry(_pair(stride), padding if padding is None else _pair(padding), _pair(dilation), groups)
+        if geometry != PLAIN and (len(inputs) > 1 or unpool is not None or stem is not None or pool):
+            raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
     _check_maps(inputs, unpool)
-    plain = len(inputs) == 1 and unpool is None and stem is None and not pool
-    if geometry != PLAIN and not plain:
-        raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
-    if sum(x.shape[1] for x in inputs) != (stem[0] if stem else filters).shape[1] * geometry.groups:
+    _, channels, height, width = inputs[0].shape
+    if len(inputs) > 1:
+        channels = sum(x.shape[1] for x in inputs)
+    if channels != (stem[0] if stem else filters).shape[1] * geometry.groups:
         raise ValueError(f"filters of shape {tuple(filters.shape)} do not fit maps {[tuple(x.shape) for x in inputs]}")
-    for parameters in ((filters, weight, bias, mean_scale), stem) if stem else ((filters, weight, bias, mean_scale),):
-        k, *lengths = [parameter.shape[0] for parameter in parameters]
-        if lengths != [k] * 3:
-            raise ValueError(f"{k} filters take γ, β and λ of as many; got {lengths}")
+    _check_parameters(filters, weight, bias, mean_scale)
+    if stem:
+        _check_parameters(*stem)
     if geometry.padding is None:
-        if any(f.shape[2] != f.shape[3] or f.shape[2] % 2 == 0 for f in (filters, *(stem or ())[:1])):
-            raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
-        geometry = geometry._replace(padding=(filters.shape[2] // 2,) * 2)
+        for _, _, rows, columns in (filters.shape, stem[0].shape) if stem else (filters.shape,):
+            if rows != columns or rows % 2 == 0:
+                raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
+        geometry = Geometry(geometry.stride, (filters.shape[2] // 2,) * 2, geometry.dilation, geometry.groups)
     if unpool is not None and (len(inputs) > 1 or stem):
         raise ValueError("unpooling takes one input, and no stem behind it")
-    if pool and (inputs[0].shape[2] % 2 or inputs[0].shape[3] % 2) and unpool is None:
-        raise ValueError(f"2x2 pooling takes even heights and widths; got {tuple(inputs[0].shape[2:])}")
-    if _is_small(inputs[0], len(filters), 1 if unpool is None else 4):
+    if pool and (height % 2 or width % 2) and unpool is None:
+        raise ValueError(f"2x2 pooling takes even heights and widths; got {(height, width)}")
+    if _is_small(inputs[0], filters.shape[0], 1 if unpool is None else 4):
         return _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry)
     if unpool is not None and unpool.dtype != torch.uint8:
         unpool = window_offsets(unpool, 2 * inputs[0].shape[3])
@@ -108,13 +112,15 @@ def agc_unit(
 
 def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
     """As strict for small maps as for large ones."""
+    for x in inputs:
+        if x.dim() != 4:
+            raise ValueError(f"agc_unit takes maps of shape (N, C, H, W); got {[tuple(x.shape) for x in inputs]}")
     first, *others = inputs
-    if any(x.dim() != 4 for x in inputs):
-        raise ValueError(f"agc_unit takes maps of shape (N, C, H, W); got {[tuple(x.shape) for x in inputs]}")
-    mixed = len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(first.device.type)
-    if mixed or any(x.shape[2:] != first.shape[2:] or len(x) != len(first) for x in others):
-        got = [(tuple(x.shape), x.dtype) for x in inputs]
-        raise ValueError(f"maps that are concatenated differ in their channels only; got {got}")
+    if others:
+        mixed = len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(first.device.type)
+        if mixed or any(x.shape[2:] != first.shape[2:] or len(x) != len(first) for x in others):
+            got = [(tuple(x.shape), x.dtype) for x in inputs]
+            raise ValueError(f"maps that are concatenated differ in their channels only; got {got}")
     if unpool is None:
         return
     if unpool.dtype not in (torch.uint8, torch.int64) or unpool.shape != first.shape:
@@ -132,17 +138,23 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
             raise ValueError("winners must lie in the 2x2 windows of their own positions")
 
 
+def _check_parameters(filters: Tensor, *vectors: Tensor) -> None:
+    k, *lengths = filters.shape[0], *(vector.shape[0] for vector in vectors)
+    if lengths != [k] * 3:
+        raise ValueError(f"{k} filters take γ, β and λ of as many; got {lengths}")
+
+
 def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     """Whether the formula in torch's own operations is faster: by the output's size, `positions` times that of `maps`.
 
     On a GPU nothing was measured, and a compiler saves the calls by itself. On the meta device there are only shapes,
     and transforms of torch.func and traces need the formula.
     """
-    if maps.is_meta or transformed():
-        return True
-    if maps.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return len(maps) * num_features * maps.shape[2:].numel() * positions <= SMALL
+    if not maps.is_cpu:
+        return maps.is_meta or transformed()
+    n, _, height, width = maps.shape
+    small = n * num_features * height * width * positions <= SMALL
+    return transformed() or (small and not torch.compiler.is_compiling())
 
 
 def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry):
@@ -158,19 +170,24 @@ def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, g
 
 def _convolved(maps: Tensor, parameters: Parameters, geometry: Geometry) -> Tensor:
     filters, weight, bias, mean_scale = parameters
+    n, _, height, width = maps.shape
     # Kept for backward are the folded filters, or else the convolution's output.
-    fold = filters.numel() <= len(maps) * len(filters) * maps.shape[2:].numel() and not transformed()
+    fold = filters[0].numel() <= n * height * width and not transformed()
     folded = filters * weight.view(-1, 1, 1, 1) if fold else filters
     z = F.conv2d(maps, folded.to(maps.dtype), None, *geometry)  # type: ignore[arg-type]  # its padding is no None here
-    return _Activate.apply(z, bias, mean_scale) if fold else agc_relu(z, weight, bias, mean_scale)
+    if fold:
+        return _Activate.apply(z, bias, mean_scale)
+    return agc_relu(z, weight, bias, mean_scale) if transformed() else _small_agc_relu(z, weight, bias, mean_scale)
 
 
 class _Activate(torch.autograd.Function):
-    """relu(z' - λ·mean(z') + β) in place of z' = (γW) * x."""
+    """relu(z' - λ·mean(z') + β) in place of z' = (γW) * x. As `agcseg.nn.passes` has it, in fewer steps of Python."""
 
     @staticmethod
     def forward(ctx, z, bias, mean_scale):
-        output, _, mean = passes.activate(z, bias, mean_scale)
+        mean = z.mean((2, 3), dtype=_statistics_dtype(z))
+        level = torch.addcmul(bias, mean_scale, mean, value=-1)
+        output = z.add_(level.to(z.dtype)[:, :, None, None]).relu_()
         ctx.mark_dirty(z)
         ctx.save_for_backward(output, mean, mean_scale)
         return output
@@ -179,7 +196,10 @@ class _Activate(torch.autograd.Function):
     def backward(ctx, grad):
         _only_once("the fast AGC unit", "build with implementation='literal', convert with fuse=False")
         output, mean, mean_scale = ctx.saved_tensors
-        return passes.backward(grad, output, None, mean, mean_scale, True)
+        g = torch.ops.aten.threshold_backward(grad, output, 0)
+        s = g.sum((2, 3), dtype=mean.dtype)
+        level = (mean_scale * s).div_(-g.shape[2] * g.shape[3])
+        return g.add_(level.to(g.dtype)[:, :, None, None]), s.sum(0), (mean * s).sum(0).neg_()
 
 
 class _Unit(torch.autograd.Function):
@@ -252,11 +272,16 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     _check(input, weight, bias, mean_scale)
     if torch.compiler.is_compiling() or transformed():  # a compiler decides by itself what to keep
         return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
-    if _is_small(input, len(weight)):  # torch's own operations, whose backward needs no Python
-        level = torch.addcmul(bias, mean_scale * weight, passes.sums(input) / input.shape[2:].numel(), value=-1)
-        level, weight = (number.to(input.dtype)[..., None, None] for number in (level, weight))
-        return torch.addcmul(level, input, weight).relu_()
+    if _is_small(input, len(weight)):
+        return _small_agc_relu(input, weight, bias, mean_scale)
     return _AGCReLU.apply(input, weight, bias, mean_scale)
+
+
+def _small_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
+    """In torch's own operations, whose backward takes no Python; keeps the input and the output."""
+    mean = input.mean((2, 3), dtype=_statistics_dtype(input))
+    level = torch.addcmul(bias, mean_scale * weight, mean, value=-1)
+    return torch.addcmul(level.to(input.dtype)[:, :, None, None], input, weight.to(input.dtype).view(-1, 1, 1)).relu_()
 
 
 class _AGCReLU(torch.autograd.Function):

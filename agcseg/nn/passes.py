@@ -246,10 +246,10 @@ def _blocks(windows: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _pairs(windows: Tensor) -> Tensor | None:
     """Each two numbers side by side as one integer, the left one its lower half: (..., windows in a row, 1).
 
-    None where they do not lie side by side, or no integer is as large.
+    None where they do not lie side by side, or no integer is as large; on a CPU only, as others may lack unsigned ones.
     """
     wide = PAIRS.get(windows.element_size())
-    if wide is None or windows.shape[-1] > 1 or windows.storage_offset() % 2:
+    if wide is None or not windows.is_cpu or windows.shape[-1] > 1 or windows.storage_offset() % 2:
         return None
     return windows.flatten(-2).view(wide)
 

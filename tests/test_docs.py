@@ -7,6 +7,7 @@ file and line.
 """
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -145,10 +146,6 @@ def small(config: Config) -> Config:
 def setting(streets, tmp_path_factory):
     """Networks of few stages, data sets in small, launchers that may not be installed, and one run of each network."""
     folder = tmp_path_factory.mktemp("docs")
-    for plugin, node in LAUNCHERS.items():
-        package = {"ray": "hydra_ray_launcher", "submitit_slurm": "hydra_submitit_launcher"}[plugin]
-        if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-            ConfigStore.instance().store(group="hydra/launcher", name=plugin, node=node)
     cityscapes, test = folder / "data/cityscapes", folder / "data/cityscapes/leftImg8bit/test/berlin"
     shutil.copytree(streets, cityscapes)
     write_camvid(folder / "data/CamVid")
@@ -158,6 +155,12 @@ def setting(streets, tmp_path_factory):
     scene.resize((2048, 1024)).save(test / "berlin_000000_000019_leftImg8bit.png")
     scene.save(folder / "photo.jpg")
     with pytest.MonkeyPatch.context() as patch:
+        store = ConfigStore.instance()
+        patch.setattr(store, "repo", copy.deepcopy(store.repo))  # what other tests of this process know stays as it is
+        for plugin, node in LAUNCHERS.items():
+            package = {"ray": "hydra_ray_launcher", "submitit_slurm": "hydra_submitit_launcher"}[plugin]
+            if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+                store.store(group="hydra/launcher", name=plugin, node=node)
         patch.setattr(segnet, "STAGES", segnet.STAGES[:1])
         patch.setattr(classnet, "WIDTHS", classnet.WIDTHS[:2])
         patch.setitem(LAYOUTS, "cityscapes", LAYOUTS["cityscapes"]._replace(expected=None, image_size=None))

@@ -150,7 +150,7 @@ def files(folder):
             left[path.name] = json.loads(path.read_text()) | dict.fromkeys(TIMED)
         elif path.is_file() and "tfevents" not in path.name and path.name not in ("run.log", ".lock"):
             left[path.name] = path.read_bytes()
-    return left | {"points": points(folder), "points by samples": points(folder / "samples")}
+    return left | points(folder) | {f"by samples: {tag}": found for tag, found in points(folder / "samples").items()}
 
 
 @pytest.mark.parametrize(

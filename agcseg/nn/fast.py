@@ -28,12 +28,13 @@ from torch.nn.modules.utils import _pair
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes
-from agcseg.nn.agc import AGC2d, _check, _statistics_dtype, agc, transformed
+from agcseg.nn.agc import AGC2d, _check, agc, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 from agcseg.nn.unit import PLAIN, Geometry, _same, operands
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 
+ONCE = "the fast AGC unit", "build with implementation='literal', convert with fuse=False"
 SMALL = 2**17  # numbers of an output, up to which a CPU spends more time on calls than memory is worth
 
 
@@ -131,10 +132,9 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
         and unpool.device.type == "cpu"
         and not (torch.compiler.is_compiling() or transformed())
     ):
-        height, width = unpool.shape[2:]
-        upper_left = torch.arange(0, 4 * width * height, 4 * width).view(-1, 1) + torch.arange(0, 2 * width, 2)
-        row = (unpool - upper_left).bitwise_and_(~1)
-        if not ((row == 0) | (row == 2 * width)).all():
+        width = 2 * unpool.shape[3]
+        row = (unpool - passes.upper_left(unpool, width)).bitwise_and_(~1)
+        if not ((row == 0) | (row == width)).all():
             raise ValueError("winners must lie in the 2x2 windows of their own positions")
 
 
@@ -185,7 +185,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, bias, mean_scale):
-        mean = z.mean((2, 3), dtype=_statistics_dtype(z))
+        mean = z.mean((2, 3), dtype=passes.statistics_dtype(z))
         level = torch.addcmul(bias, mean_scale, mean, value=-1)
         output = z.add_(level.to(z.dtype)[:, :, None, None]).relu_()
         ctx.mark_dirty(z)
@@ -194,7 +194,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _only_once("the fast AGC unit", "build with implementation='literal', convert with fuse=False")
+        _only_once(*ONCE)
         output, mean, mean_scale = ctx.saved_tensors
         g = torch.ops.aten.threshold_backward(grad, output, 0)
         s = g.sum((2, 3), dtype=mean.dtype)
@@ -224,7 +224,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        _only_once("the fast AGC unit", "build with implementation='literal', convert with fuse=False")
+        _only_once(*ONCE)
         needs = ctx.needs_input_grad[3:]
         if grad is None:
             return None, None, None, *(None for _ in needs)
@@ -279,7 +279,7 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
 
 def _small_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     """In torch's own operations, whose backward takes no Python; keeps the input and the output."""
-    mean = input.mean((2, 3), dtype=_statistics_dtype(input))
+    mean = input.mean((2, 3), dtype=passes.statistics_dtype(input))
     level = torch.addcmul(bias, mean_scale * weight, mean, value=-1)
     return torch.addcmul(level.to(input.dtype)[:, :, None, None], input, weight.to(input.dtype).view(-1, 1, 1)).relu_()
 

@@ -162,12 +162,16 @@ def max_pool(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def cells_of(positions: Tensor, width: int) -> Tensor:
     """The cells (uint8) that flat positions in maps of that width are, each in its own window, (N, C, h, w)."""
-    rows, columns = (torch.arange(side, device=positions.device) for side in positions.shape[2:])
-    upper_left = 2 * width * rows[:, None] + 2 * columns
-    # From here on modulo 2^16: a quarter of the memory, and the difference is small.
-    within = positions.to(torch.int16).sub_(upper_left.to(torch.int16))
+    # Modulo 2^16: a quarter of the memory, and the difference is small.
+    within = positions.to(torch.int16).sub_(upper_left(positions, width).to(torch.int16))
     below = (within.bitwise_and(-2) != 0).to(torch.uint8)
     return below.mul_(2).add_(within.bitwise_and_(1).to(torch.uint8))
+
+
+def upper_left(positions: Tensor, width: int) -> Tensor:
+    """The flat position of the first cell of each window, (h, w)."""
+    rows, columns = (torch.arange(side, device=positions.device) for side in positions.shape[2:])
+    return 2 * width * rows[:, None] + 2 * columns
 
 
 def unpool(values: Tensor, cells: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from agcseg.nn import agc, agc_unit, max_pool2d, max_unpool2d, passes  # noqa: E402
+from agcseg.nn import agc, agc_unit, inference, max_pool2d, max_unpool2d, passes  # noqa: E402
 from agcseg.nn.pooling import window_offsets  # noqa: E402
 
 if not os.environ.get("TRITON_INTERPRET"):
@@ -171,6 +171,104 @@ else:
         found, expected = ([maps, *torch.autograd.grad(maps, leaves, grad)] for maps in (output, y))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    def _tap_sums(x):
+        """In torch's own operations, (N, C, 3, 3)."""
+        columns = inference._tap_sums(x, x.dtype).transpose(2, 3)
+        return inference._tap_sums(columns, x.dtype).transpose(2, 3)
+
+    @both_layouts
+    @sizes
+    @pytest.mark.parametrize("unpool", [False, True])
+    def test_tap_sums(shape, layout, unpool):
+        x, filters = maps(shape, layout), maps((4, shape[1], 3, 3), layout)
+        winners = torch.randint(4, shape, dtype=torch.uint8) if unpool else None
+        found = kernels.tap_sums(x, kernels.sums(x), filters, winners)
+        x = F.max_unpool2d(x, _flat(winners), 2) if unpool else x
+        assert found.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(found, _tap_sums(x), rtol=1e-5, atol=1e-4)
+
+    @both_layouts
+    @sizes
+    def test_fold(shape, layout):
+        x, filters, gain = maps(shape, layout), maps((5, shape[1], 3, 3), layout), torch.linspace(-1, 2, 5)
+        taps = kernels.tap_sums(x, kernels.sums(x), filters)
+        folded, mean = kernels.fold(filters, gain, x.dtype, taps, shape[2] * shape[3])
+        assert folded.stride() == filters.stride()
+        torch.testing.assert_close(folded, filters * gain.view(-1, 1, 1, 1))
+        torch.testing.assert_close(mean, F.conv2d(x, folded, padding=1).mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+    @both_layouts
+    @sizes
+    def test_what_a_level_gives(shape, layout):
+        """A number for each of a convolution's maps, as gradient of all their positions: never added to them."""
+        x, filters, gain = maps(shape, layout), maps((5, shape[1], 3, 3), layout), torch.linspace(-1, 2, 5)
+        level = torch.linspace(-1, 1, shape[0] * 5).cos().view(-1, 5)
+        wide = [t.double().requires_grad_() for t in (x, filters)]
+        z = F.conv2d(wide[0], wide[1] * gain.view(-1, 1, 1, 1), padding=1)
+        z.backward(level.double()[:, :, None, None].expand_as(z))
+        folded, back = kernels.fold_back(filters, gain, x.dtype, level)
+        torch.testing.assert_close(folded, filters * gain.view(-1, 1, 1, 1))
+        dx = torch.zeros_like(x)
+        inside = kernels.borders(dx, back)
+        torch.testing.assert_close(dx + inside[:, :, None, None], wide[0].grad.float(), rtol=1e-5, atol=1e-4)
+        taps = kernels.tap_sums(x, kernels.sums(x), filters)
+        found = kernels.filter_gradients(torch.zeros_like(filters), filters, gain, taps, level)
+        torch.testing.assert_close(found[0], wide[1].grad.float(), rtol=1e-4, atol=1e-3)
+        d_gain = (filters * torch.einsum("nk,ncij->kcij", level, taps)).sum((1, 2, 3))
+        torch.testing.assert_close(found[1], d_gain, rtol=1e-4, atol=1e-3)
+
+    @both_layouts
+    @sizes
+    @pytest.mark.parametrize("pool", [False, True])
+    def test_gate(shape, layout, pool):
+        z, (bias, mean_scale) = maps(shape, layout), vectors(shape[1])
+        mean = z.mean((2, 3))
+        output, winners, _, partial = kernels.activate(z, bias, mean_scale, pool, mean, True)
+        torch.testing.assert_close(partial.sum(1), output.sum((2, 3)), rtol=1e-5, atol=1e-4)
+        grad, sum_grad = maps(output.shape, layout).flip(0), mean.flip(0).contiguous()
+        expected = torch.where(output > 0, grad + sum_grad[:, :, None, None], 0)
+        found, partial = kernels.gate(grad, output, winners, sum_grad)
+        assert torch.equal(found, expected if winners is None else kernels.unpool(expected, winners))
+        torch.testing.assert_close(partial.sum(1), expected.sum((2, 3)), rtol=1e-5, atol=1e-4)
+        level, d_bias, d_mean_scale = kernels.levels(partial, mean, mean_scale, 7)
+        s = expected.sum((2, 3))
+        for a, b in ((level, -mean_scale * s / 7), (d_bias, s.sum(0)), (d_mean_scale, -(mean * s).sum(0))):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+    @both_layouts
+    @pytest.mark.parametrize("outer", [False, True])
+    @pytest.mark.parametrize("stem", [False, True])
+    def test_units_that_know_their_mean(outer, stem, layout, monkeypatch):
+        """Units that hand on the sums of their maps equal the formula, with an unpooling and a pooling among them."""
+        monkeypatch.setattr(passes, "kernels", lambda maps: kernels)
+        monkeypatch.setattr("agcseg.nn.fast.SMALL", 0)
+        monkeypatch.setattr("agcseg.nn.unit.PARTS", 2)
+        x = maps((5, 3, 8, 4), layout).requires_grad_(outer)  # the convolution's input's gradient, or none
+        widths = [3, 6, 4, 5, 4, 2]
+        units = [[torch.randn(k, c, 3, 3), *torch.randn(3, k)] for c, k in zip(widths, widths[1:], strict=False)]
+        units = [[p.contiguous(memory_format=layout) if p.dim() == 4 else p for p in unit] for unit in units]
+        units = [[p.requires_grad_() for p in unit] for unit in units]
+        first = {"stem": units[0]} if stem else {}
+        y, sums = agc_unit(x, *units[stem], sum_up=True, **first)
+        if not stem:
+            y, sums = agc_unit(y, *units[1], sum_up=True, sums=sums)
+        y, winners, sums = agc_unit(y, *units[2], pool=True, sum_up=True, sums=sums)
+        y, sums = agc_unit(y, *units[3], unpool=winners.flip(1)[:, :1].expand_as(y), sum_up=True, sums=sums)
+        found, _ = agc_unit(y, *units[4], sum_up=True, sums=sums)
+        y = x
+        for i, (filters, *parameters) in enumerate(units):
+            if i == 3:
+                y, indices = F.max_pool2d(y, 2, return_indices=True)
+                cells = window_offsets(indices, 4).flip(1)[:, :1].expand_as(y)
+                y = F.max_unpool2d(y, _flat(cells), 2)
+            y = F.relu(agc(F.conv2d(y, filters, padding=1), *parameters))
+        leaves = [*([x] if outer else []), *(p for unit in units for p in unit)]
+        grad = torch.randn(y.shape)
+        found, expected = ([maps, *torch.autograd.grad(maps, leaves, grad)] for maps in (found, y))
+        for a, b in zip(found, expected, strict=True):
+            size = b.abs().max()
+            torch.testing.assert_close(a / size, b / size, rtol=0, atol=1e-4)
 
     def _flat(cells):
         h, w = cells.shape[2:]

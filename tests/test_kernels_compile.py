@@ -14,17 +14,24 @@ from triton.compiler import ASTSource  # noqa: E402
 from agcseg.nn import kernels  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = ("P", "w", "K", "sp", "sk", "zsp", "zsk", "share", "shares", "N", "L")
+INTEGERS = ("P", "w", "h", "K", "sp", "sk", "zsp", "zsk", "tt", "tk", "share", "shares", "N", "L", "M")
 FLOATS = ("partial", "mean", "bias", "scale", "d_bias", "d_scale", "filters", "gain", "d_filters", "d_gain")
+FLOATS += ("sum_grad", "taps", "level")
 POOLS = [{"POOL": pool, "SHARES": kernels.SHARES} for pool in (False, True)]
 CASES = {
     "_sums": [{}],
-    "_activate": [{"KNOWN": known, **pool} for known in (False, True) for pool in POOLS],
-    "_gate": [{}],
+    "_activate": [{"KNOWN": known, "SUM": known, **pool} for known in (False, True) for pool in POOLS],
+    "_gate": [{"ADD": new, "POOL": pool} for new in (False, True) for pool in (False, True)],
     "_spread": POOLS,
     "_window": [{"GATHER": gather} for gather in (False, True)],
-    "_filters": [{"BLOCK": 1024}],
+    "_levels": [{"SHARES": kernels.SHARES, "BK": 16}],
+    "_tap_sums": [{"UNPOOL": unpool, "SHARES": kernels.SHARES, "BP": 256, "BK": 16} for unpool in (False, True)],
+    "_fold": [{"BN": 8, "BK": 2, "BL": 256}],
+    "_fold_back": [{"BN": 8, "BK": 32, "BL": 32}],
+    "_borders": [{}],
+    "_filters": [{"ADD": new, "BK": 2, "BL": 1024} for new in (False, True)],
 }
+WARPS = {"_levels": 4, "_fold": 4, "_borders": 4, "_filters": 4}  # the others have 8
 
 
 @pytest.mark.slow
@@ -35,8 +42,9 @@ CASES = {
 def test_registers_suffice(name, channels_last, architecture, tmp_path):
     kernel, bk = getattr(kernels, name), 64 if channels_last else 4
     for case in CASES[name]:
-        constants = case if "BLOCK" in case else {**case, "BP": kernels.TILE // bk, "BK": bk}
-        constants |= {unit: 1 for unit in (("sk", "zsk") if channels_last else ("sp", "zsp"))}  # a stride of 1
+        tile = {"BP": kernels.TILE // bk, "BK": bk}
+        constants = {**tile, **({"BP": 1024 // bk} if name == "_borders" else {}), **case}
+        constants |= {unit: 1 for unit in (("sk", "zsk", "tk") if channels_last else ("sp", "zsp", "tt"))}
         places = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
         constants = {argument: value for argument, value in constants.items() if argument in places}
         types = {argument: _type(argument, constants) for argument in places}
@@ -47,7 +55,7 @@ def test_registers_suffice(name, channels_last, architecture, tmp_path):
             attrs={places[a]: [["tt.divisibility", 16]] for a in places if types[a] != "constexpr" and a != "shares"},
         )
         target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": 4 if "BLOCK" in case else 8})
+        compiled = triton.compile(source, target=target, options={"num_warps": WARPS.get(name, 8)})
         (tmp_path / "kernel").write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([TOOL, "-res-usage", tmp_path / "kernel"], capture_output=True, text=True).stdout
         assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], (case, usage)

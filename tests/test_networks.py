@@ -96,7 +96,7 @@ def test_identity_init():
     assert not units[0].identity
     maps = torch.rand(1, units[0].conv.in_channels, 32, 32)
     first = network.encoder[0][0](maps)
-    assert torch.equal(network.encoder[0](maps), first)  # λ=0: a stage is its first convolution
+    assert torch.equal(network.encoder[0](maps)[0], first)  # λ=0: a stage is its first convolution
 
 
 def test_head_norm():

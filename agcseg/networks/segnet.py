@@ -95,12 +95,12 @@ class SegNet(nn.Module):
             return self._forward(images, run)
 
     def _forward(self, maps: Tensor, run: Callable | None = None) -> Tensor:
-        pooled = []
+        pooled, sums = [], None
         for stage in self.encoder:
-            maps, winners = stage(maps, pool=True, stem=self._stem and stage is self.encoder[0], run=run)
+            maps, winners, sums = stage(maps, sums, pool=True, stem=self._stem and stage is self.encoder[0], run=run)
             pooled.append(winners)
         for stage in self.decoder:
-            maps = stage(maps, unpool=pooled.pop(), run=run)
+            maps, _, sums = stage(maps, sums, unpool=pooled.pop(), run=run)
         return self.head_norm(self.head(maps))
 
 
@@ -110,17 +110,25 @@ class _Stage(nn.Sequential):
     def forward(
         self,
         maps: Tensor,
+        sums: Tensor | None = None,
         unpool: Tensor | None = None,
         pool: bool = False,
         stem: bool = False,
         run: Callable | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The maps, the winners of the pooling, the sums of the maps: what there is none of is None."""
         first, *units = self if stem else (None, *self)
+        winners = None
         for i, unit in enumerate(units):
-            options = {"unpool": unpool, "stem": first} if i == 0 else {}
+            options: dict[str, Any] = {"unpool": unpool, "stem": first} if i == 0 else {}
             options["pool"] = pool and i == len(units) - 1
-            maps = run(unit, maps, **options) if run else unit(maps, **options)
-        return maps
+            if maps.is_cuda:  # only there sums serve the unit behind
+                options |= {"sum_up": True, "sums": sums}
+            result = run(unit, maps, **options) if run else unit(maps, **options)
+            maps, *others = result if isinstance(result, tuple) else (result,)
+            sums = others.pop() if maps.is_cuda else None
+            winners = others[0] if others else None
+        return maps, winners, sums
 
 
 def _stage(in_channels: int, widths: list[int], unit: Callable[..., ConvUnit]) -> _Stage:

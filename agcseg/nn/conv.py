@@ -86,20 +86,24 @@ class ConvUnit(nn.Module):
         unpool: Tensor | None = None,
         pool: bool = False,
         stem: "ConvUnit | None" = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        sum_up: bool = False,
+        sums: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor | None, ...]:
         """
         Args:
             input: maps (N, C, H, W), or several that are concatenated over the channels.
             unpool: winners of an earlier pooling, to unpool `input` with first.
             pool: 2x2 max pooling behind the ReLU.
             stem: a unit to run in front; the fast form rebuilds its output in backward instead of keeping it.
+            sum_up, sums: as `agc_unit`.
 
         Returns:
-            (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`.
+            (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`; with `sum_up` sums of
+            the maps too, or None.
         """
         if self.is_fast and (stem is None or stem.is_fast):
-            stem_parameters = stem.agc_parameters if stem else None
-            return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=stem_parameters)
+            front = stem.agc_parameters if stem else None
+            return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=front, sum_up=sum_up, sums=sums)
         maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)
         if unpool is not None:
             maps = max_unpool2d(maps, unpool)
@@ -115,4 +119,7 @@ class ConvUnit(nn.Module):
             maps = self.norm.activate(maps)
         else:  # a hook may have kept the norm's maps
             maps = F.relu(maps, inplace=not has_hooks(self.norm))
-        return max_pool2d(maps) if pool else maps
+        results = max_pool2d(maps) if pool else (maps,)
+        if sum_up:
+            return *results, None
+        return results if pool else maps

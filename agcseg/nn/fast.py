@@ -49,7 +49,9 @@ def agc_unit(
     pool: bool = False,
     stem: Parameters | None = None,
     geometry: Geometry = PLAIN,
-) -> Tensor | tuple[Tensor, Tensor]:
+    sum_up: bool = False,
+    sums: Tensor | None = None,
+) -> Tensor | tuple[Tensor | None, ...]:
     """relu(agc(conv2d(input, filters))), by default with stride 1 and zero padding to the input's size.
 
     The convolution's inputs and outputs have the dtype of `input` (under autocast: autocast's), means and the sums over
@@ -66,15 +68,22 @@ def agc_unit(
         stem: filters, γ, β and λ of one more unit in front, whose output is not kept but rebuilt in backward. Worth it
             where that unit is cheap and its output large: the first of a network.
         geometry: of the convolution; other than the default only for one plain input, without pooling and stem.
+        sum_up: return the sums of the output's maps as well, for the unit behind: with them that knows its mean before
+            its convolution runs.
+        sums: of `input`, as the unit that it comes from returned them; with `sum_up` only. The gradient of `input` then
+            lacks what its sums have a gradient for.
 
     Returns:
         (N, K, H, W); with `pool` the maxima (N, K, H/2, W/2) and the winners, of the same shape: which cell of its
         window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower, uint8; of small maps torch's
-        own indices. Either serves as `unpool`.
+        own indices. Either serves as `unpool`. With `sum_up` the sums of the maps too, last, each in some parts, (N,
+        parts, K); None where they would save no time: that is everywhere but on a GPU, for one input and filters of
+        3x3, not under a compiler.
     """
     inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
     if has_torch_function(inputs):
         options: dict[str, Any] = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
+        options |= {"sum_up": sum_up, "sums": sums}
         return handle_torch_function(agc_unit, inputs, input, filters, weight, bias, mean_scale, **options)
     # Each step of Python costs a small unit's time: what is plain is seen by few of them.
     if geometry is not PLAIN:
@@ -101,14 +110,34 @@ def agc_unit(
     if pool and (height % 2 or width % 2) and unpool is None:
         raise ValueError(f"2x2 pooling takes even heights and widths; got {(height, width)}")
     if _is_small(inputs[0], filters.shape[0], 1 if unpool is None else 4):
-        return _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry)
+        result = _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry)
+        return _and_sums(result, None) if sum_up else result
     if unpool is not None and unpool.dtype != torch.uint8:
         unpool = window_offsets(unpool, 2 * inputs[0].shape[3])
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    return _Unit.apply(geometry, pool, unpool, filters, weight, bias, mean_scale, *(stem or (None,) * 4), *inputs)
+    ahead = sum_up and _is_ahead(inputs, filters, stem, geometry, unpool)
+    parameters = (filters, weight, bias, mean_scale, *(stem or (None,) * 4))
+    result = _Unit.apply(geometry, pool, ahead, unpool, *parameters, *inputs, sums if ahead else None)
+    return _and_sums(result, None) if sum_up and not ahead else result
+
+
+def _and_sums(result, sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*result, sums) if isinstance(result, tuple) else (result, sums)
+
+
+def _is_ahead(inputs, filters, stem, geometry, unpool) -> bool:
+    """Whether the mean is to be known ahead of the convolution."""
+    return (
+        passes.kernels(inputs[0]) is not None
+        and not torch.compiler.is_compiling()
+        and len(inputs) == 1
+        and geometry == PLAIN._replace(padding=(1, 1))
+        and all(weights.shape[2:] == (3, 3) for weights in (filters, *(stem or ())[:1]))
+        and (unpool is not None or min(inputs[0].shape[2:]) > 1)
+    )
 
 
 def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
@@ -203,15 +232,19 @@ class _Activate(torch.autograd.Function):
 
 
 class _Unit(torch.autograd.Function):
-    """Arguments: geometry, pool, winners for unpooling, the unit's 4 parameters, the stem's 4 or None, the inputs."""
+    """Arguments: geometry, pool, whether the mean is known ahead, winners for unpooling, the unit's 4 parameters, the
+    stem's 4 or None, the inputs, their sums or None."""
 
     @staticmethod
-    def forward(ctx, geometry, pool, unpool, *tensors):
+    def forward(ctx, geometry, pool, ahead, unpool, *tensors):
+        *tensors, sums = tensors
         parameters, inputs = list(tensors[:4]), list(tensors[8:])
         stem = [] if tensors[4] is None else list(tensors[4:8])
-        geometry = operands(geometry)
-        output, winners, mean, stem_mean = torch.ops.agcseg.unit(inputs, unpool, parameters, stem, geometry, pool)
-        needs = ctx.needs_input_grad[3:]
+        geometry, ctx.given_parts = operands(geometry), 0 if sums is None else sums.shape[1]
+        output, winners, mean, stem_mean, sums, *taps = torch.ops.agcseg.unit(
+            inputs, unpool, parameters, stem, geometry, pool, ahead, sums
+        )
+        needs = ctx.needs_input_grad[4:-1]
         # The inputs serve the gradients of W and γ, and a stem's output is rebuilt from them; else they are not kept.
         kept = inputs if needs[0] or needs[1] or (stem and any(needs[4:])) else []
         ctx.geometry, ctx.stem = geometry, len(stem)
@@ -219,21 +252,39 @@ class _Unit(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if pool:
             ctx.mark_non_differentiable(winners)
-        ctx.save_for_backward(output, winners if pool else None, unpool, mean, stem_mean, *parameters, *stem, *kept)
-        return (output, winners) if pool else output
+        ctx.parts = sums.shape[1] if ahead else 0
+        ctx.save_for_backward(
+            output, winners if pool else None, unpool, mean, stem_mean, *(taps if ahead else (None, None)), *parameters,
+            *stem, *kept,
+        )  # fmt: skip
+        results = (output, *([winners] if pool else []), *([sums] if ahead else []))
+        return results if len(results) > 1 else output
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, *others):
         _only_once(*ONCE)
-        needs = ctx.needs_input_grad[3:]
-        if grad is None:
-            return None, None, None, *(None for _ in needs)
-        output, winners, unpool, mean, stem_mean, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:-1]
+        output, winners, unpool, mean, stem_mean, taps, stem_taps, *tensors = ctx.saved_tensors
+        sum_grad = others[-1] if ctx.parts else None
+        if grad is None and sum_grad is None:
+            return None, None, None, None, *(None for _ in needs), None
+        grad = torch.zeros_like(output) if grad is None else grad
+        if sum_grad is not None:  # the same for all parts
+            sum_grad = sum_grad[:, 0].contiguous()
         parameters, stem, inputs = tensors[:4], tensors[4 : 4 + ctx.stem], tensors[4 + ctx.stem :]
-        grads = torch.ops.agcseg.unit_backward(
-            grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, ctx.shapes, ctx.geometry, needs
-        )
-        return None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+        *grads, d_sums = torch.ops.agcseg.unit_backward(
+            grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, ctx.shapes, ctx.geometry, needs,
+            sum_grad, taps, stem_taps,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        if grads[8] is None or not ctx.parts:
+            d_sums = None
+        elif ctx.given_parts:
+            d_sums = d_sums[:, None].expand(-1, ctx.given_parts, -1)
+        else:
+            grads[8].add_(d_sums.to(grads[8].dtype)[:, :, None, None])
+            d_sums = None
+        return None, None, None, None, *grads, d_sums
 
 
 def _only_once(what: str, remedy: str) -> None:

@@ -4,6 +4,14 @@ Maps are taken as positions times maps with a stride each, so that one kernel se
 one sample, BK maps and a share of their positions, BP at a time. Sums over a map are left as one partial sum per share,
 (N, shares, K) in float32, which the next kernel adds up in this order: no atomics, so that every run gives the same.
 Comparisons are written so that a NaN stays one.
+
+A 3x3 convolution of stride 1 sees each number of its input through nine taps, so that its mean is known before it runs
+from what each tap sees: S, the sum of the map less the border that the tap never reaches. Nor need the mean's gradient
+be added to the maps. With M positions and l = -λ·s/M, where s = Σ g as in `agcseg.nn.fast`,
+
+    mean(z') = <γW, S>/M    dW' = corr(x, g) + Σ_n l·S    dx = convᵀ(g, γW) + l·(those γW whose taps reach the position)
+
+Inside of a map all nine do: that is one number for each, the gradient of its sum. Borders are corrected in dx itself.
 """
 
 from functools import cache
@@ -57,9 +65,11 @@ def _relu(z, level):
 @triton.jit
 def _activate(
     z, partial, mean, bias, scale, y, winners, P, w, K, sp, sk, zsp, zsk, share, shares,
-    KNOWN: tl.constexpr, POOL: tl.constexpr, SHARES: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+    KNOWN: tl.constexpr, POOL: tl.constexpr, SUM: tl.constexpr, SHARES: tl.constexpr, BP: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(z' - λ·mean + β), and with POOL its maxima and winners; P positions of y."""
+    """y = relu(z' - λ·mean + β), and with POOL its maxima and winners; P positions of y. With SUM, where the mean is
+    known, `partial` becomes Σ y of a share of the positions."""
     i, n, k = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK + tl.arange(0, BK)
     M = P * 4 if POOL else P
     if KNOWN:
@@ -71,6 +81,7 @@ def _activate(
     z += n.to(tl.int64) * M * K
     y += n.to(tl.int64) * P * K
     winners += n.to(tl.int64) * P * K
+    total = tl.zeros([BP, BK], tl.float32)
     for p0 in range(i * share, min(i * share + share, P), BP):
         p = p0 + tl.arange(0, BP)
         mask = (p < P)[:, None] & (k < K)[None, :]
@@ -84,15 +95,25 @@ def _activate(
                 winner = tl.where(v > best, c, winner).to(tl.uint8)
                 best = tl.where(v > best, v, best)
             tl.store(winners + at, winner, mask=mask)
-            tl.store(y + at, best, mask=mask)
         else:
-            tl.store(y + at, _relu(tl.load(z + at, mask=mask, other=0.0), level), mask=mask)
+            best = _relu(tl.load(z + at, mask=mask, other=0.0), level)
+        tl.store(y + at, best, mask=mask)
+        if SUM:
+            total += tl.where(mask, best.to(tl.float32), 0.0)
+    if SUM:
+        tl.store(partial + (n * tl.num_programs(0) + i) * K + k, tl.sum(total, 0), mask=k < K)
 
 
 @triton.jit
-def _gate(dy, y, g, partial, P, K, sp, sk, share, BP: tl.constexpr, BK: tl.constexpr):
-    """g = dy·[y > 0] and Σ g of a share of the positions."""
+def _gate(
+    dy, y, winners, sum_grad, g, partial, P, w, K, sp, sk, zsp, zsk, share,
+    ADD: tl.constexpr, POOL: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """g = dy·[y > 0], with ADD of dy + the gradient of Σ y, with POOL in the winners' cells; and Σ g of a share of the
+    P positions of y."""
     i, n, k = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK + tl.arange(0, BK)
+    if ADD:
+        level = tl.load(sum_grad + n * K + k, mask=k < K, other=0.0)
     sample = n.to(tl.int64) * P * K
     total = tl.zeros([BP, BK], tl.float32)
     for p0 in range(i * share, min(i * share + share, P), BP):
@@ -100,10 +121,35 @@ def _gate(dy, y, g, partial, P, K, sp, sk, share, BP: tl.constexpr, BK: tl.const
         mask = (p < P)[:, None] & (k < K)[None, :]
         at = sample + p[:, None] * sp + k[None, :] * sk
         v = tl.load(dy + at, mask=mask, other=0.0)
+        if ADD:
+            v = v.to(tl.float32) + level[None, :]
         v = tl.where(tl.load(y + at, mask=mask, other=0.0) <= 0, 0.0, v).to(g.dtype.element_ty)
-        tl.store(g + at, v, mask=mask)
+        if POOL:
+            _to_cells(g + 4 * sample, v, tl.load(winners + at, mask=mask, other=0), p, w, k, zsp, zsk, mask)
+        else:
+            tl.store(g + at, v, mask=mask)
         total += v.to(tl.float32)
     tl.store(partial + (n * tl.num_programs(0) + i) * K + k, tl.sum(total, 0), mask=k < K)
+
+
+@triton.jit
+def _to_cells(maps, v, winner, p, w, k, zsp, zsk, mask):
+    """Each value of window p into its cell, 0 into the others."""
+    cell = maps + _corner(p, w)[:, None] * zsp + k[None, :] * zsk
+    for c in tl.static_range(4):
+        tl.store(cell + (c // 2 * 2 * w + c % 2) * zsp, tl.where(winner == c, v, 0.0).to(v.dtype), mask=mask)
+
+
+@triton.jit
+def _vectors(partial, mean, d_bias, d_scale, N, k, K, shares, SHARES: tl.constexpr, BK: tl.constexpr):
+    """dβ = Σ_n s and dλ = -Σ_n mean·s."""
+    db, dl = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    for n in range(N):
+        s = _total(partial, n, k, K, shares, SHARES)
+        db += s
+        dl -= tl.load(mean + n * K + k, mask=k < K, other=0.0) * s
+    tl.store(d_bias + k, db, mask=k < K)
+    tl.store(d_scale + k, dl, mask=k < K)
 
 
 @triton.jit
@@ -116,13 +162,7 @@ def _spread(
     M = P * 4 if POOL else P
     level = -tl.load(scale + k, mask=k < K, other=0.0) * _total(partial, n, k, K, shares, SHARES) / M
     if (i == 0) & (n == 0):
-        db, dl = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-        for j in range(N):
-            s = _total(partial, j, k, K, shares, SHARES)
-            db += s
-            dl -= tl.load(mean + j * K + k, mask=k < K, other=0.0) * s
-        tl.store(d_bias + k, db, mask=k < K)
-        tl.store(d_scale + k, dl, mask=k < K)
+        _vectors(partial, mean, d_bias, d_scale, N, k, K, shares, SHARES, BK)
     g += n.to(tl.int64) * P * K
     winners += n.to(tl.int64) * P * K
     dz += n.to(tl.int64) * M * K
@@ -157,29 +197,173 @@ def _window(
         winner = tl.load(winners + at, mask=mask, other=0)
         if winners.dtype.element_ty == tl.int64:  # torch's flat positions
             winner = winner // (2 * w) % 2 * 2 + winner % 2
-        cell = maps + _corner(p, w)[:, None] * zsp + k[None, :] * zsk
         if GATHER:
+            cell = maps + _corner(p, w)[:, None] * zsp + k[None, :] * zsk
             offset = winner.to(tl.int32)
             offset = (offset // 2 * 2 * w + offset % 2) * zsp
             tl.store(values + at, tl.load(cell + offset, mask=mask, other=0.0), mask=mask)
         else:
-            v = tl.load(values + at, mask=mask, other=0.0)
-            for c in tl.static_range(4):
-                part = tl.where(winner == c, v, 0.0).to(v.dtype)
-                tl.store(cell + (c // 2 * 2 * w + c % 2) * zsp, part, mask=mask)
+            _to_cells(maps, tl.load(values + at, mask=mask, other=0.0), winner, p, w, k, zsp, zsk, mask)
 
 
 @triton.jit
-def _filters(d, filters, gain, d_filters, d_gain, L, BLOCK: tl.constexpr):
-    """dW = γ·dW' and dγ = <W, dW'> of one filter of L weights."""
-    k = tl.program_id(0)
-    scale, total = tl.load(gain + k).to(tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, L, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        v = tl.load(d + k * L + at, mask=at < L, other=0.0).to(tl.float32)
-        total += v * tl.load(filters + k * L + at, mask=at < L, other=0.0).to(tl.float32)
-        tl.store(d_filters + k * L + at, (v * scale).to(d_filters.dtype.element_ty), mask=at < L)
-    tl.store(d_gain + k, tl.sum(total, 0).to(d_gain.dtype.element_ty))
+def _levels(
+    partial, mean, scale, level, d_bias, d_scale, N, K, M, shares, SHARES: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """l = -λ·s/M, (N, K), dβ and dλ."""
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    factor = -tl.load(scale + k, mask=k < K, other=0.0) / M
+    for n in range(N):
+        tl.store(level + n * K + k, factor * _total(partial, n, k, K, shares, SHARES), mask=k < K)
+    _vectors(partial, mean, d_bias, d_scale, N, k, K, shares, SHARES, BK)
+
+
+@triton.jit
+def _line(
+    x, winners, start, step, length, k, K, sp, sk, side: tl.constexpr, UNPOOL: tl.constexpr, BP: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Σ x of a line of positions, with UNPOOL of that side of the windows: 0 upper, 1 lower, 2 left, 3 right cells."""
+    total = tl.zeros([BP, BK], tl.float32)
+    for p0 in range(0, length, BP):
+        p = p0 + tl.arange(0, BP)
+        mask = (p < length)[:, None] & (k < K)[None, :]
+        at = (start + p * step)[:, None] * sp + k[None, :] * sk
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if UNPOOL:
+            cell = tl.load(winners + at, mask=mask, other=0)
+            v = tl.where((cell % 2 if side >= 2 else cell // 2) == side % 2, v, 0.0)
+        total += v
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _tap_sums(
+    x, winners, partial, taps, h, w, K, sp, sk, tt, tk, shares,
+    UNPOOL: tl.constexpr, SHARES: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """S, the sum of what each tap sees of x, with UNPOOL of x unpooled, from Σ x and the borders."""
+    n, k = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK)
+    total = _total(partial, n, k, K, shares, SHARES)
+    x += n.to(tl.int64) * h * w * K
+    winners += n.to(tl.int64) * h * w * K
+    taps += n * 9 * K + k * tk
+    top = _line(x, winners, 0, 1, w, k, K, sp, sk, 0, UNPOOL, BP, BK)
+    bottom = _line(x, winners, (h - 1) * w, 1, w, k, K, sp, sk, 1, UNPOOL, BP, BK)
+    left = _line(x, winners, 0, w, h, k, K, sp, sk, 2, UNPOOL, BP, BK)
+    right = _line(x, winners, w - 1, w, h, k, K, sp, sk, 3, UNPOOL, BP, BK)
+    for i in tl.static_range(3):  # the first row of taps never reaches the last row of the map, and so on
+        for j in tl.static_range(3):
+            seen = total
+            if i == 0:
+                seen -= bottom
+            if i == 2:
+                seen -= top
+            if j == 0:
+                seen -= right
+            if j == 2:
+                seen -= left
+            if i != 1 and j != 1:
+                at = (((2 - i) // 2 * (h - 1)) * w + (2 - j) // 2 * (w - 1)) * sp + k * sk
+                v = tl.load(x + at, mask=k < K, other=0.0).to(tl.float32)
+                if UNPOOL:
+                    v = tl.where(tl.load(winners + at, mask=k < K, other=0) == 2 - i + (2 - j) // 2, v, 0.0)
+                seen += v
+            tl.store(taps + (3 * i + j) * tt, seen, mask=k < K)
+
+
+@triton.jit
+def _fold(
+    filters, gain, taps, folded, mean, N, K, L, M, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """γW and the mean that it makes of an input, <γW, S>/M; L weights a filter."""
+    k, n = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BN + tl.arange(0, BN)
+    scale = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+    total = tl.zeros([BN, BK, BL], tl.float32)
+    for start in range(0, L, BL):
+        t = start + tl.arange(0, BL)
+        at, mask = k[:, None] * L + t[None, :], (k < K)[:, None] & (t < L)[None, :]
+        v = tl.load(filters + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+        v = v.to(folded.dtype.element_ty)
+        tl.store(folded + at, v, mask=mask & (tl.program_id(1) == 0))
+        s = tl.load(taps + n[:, None] * L + t[None, :], mask=(n < N)[:, None] & (t < L)[None, :], other=0.0)
+        total += s[:, None, :] * v.to(tl.float32)[None, :, :]
+    tl.store(mean + n[:, None] * K + k[None, :], tl.sum(total, 2) / M, mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _fold_back(
+    filters, gain, level, folded, taps, N, K, L, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """γW and, of each of its taps, what the mean's gradient adds to the positions that it reaches: Σ_k l·γW, (N, L)."""
+    t, n = tl.program_id(0) * BL + tl.arange(0, BL), tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN, BK, BL], tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        at, mask = k[:, None] * L + t[None, :], (k < K)[:, None] & (t < L)[None, :]
+        v = tl.load(filters + at, mask=mask, other=0.0).to(tl.float32)
+        v = (v * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)[:, None]).to(folded.dtype.element_ty)
+        tl.store(folded + at, v, mask=mask & (tl.program_id(1) == 0))
+        d = tl.load(level + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        total += d[:, :, None] * v.to(tl.float32)[None, :, :]
+    tl.store(taps + n[:, None] * L + t[None, :], tl.sum(total, 1), mask=(n < N)[:, None] & (t < L)[None, :])
+
+
+@triton.jit
+def _borders(dx, taps, sum_grad, h, w, K, sp, sk, tt, tk, BP: tl.constexpr, BK: tl.constexpr):
+    """The gradient of Σ x from those of the taps, and from the borders of dx what taps add inside that never reach
+    them."""
+    i, n, k = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK + tl.arange(0, BK)
+    taps += n * 9 * K + k * tk
+    inside, top, bottom = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    left, right = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    for j in tl.static_range(9):
+        v = tl.load(taps + j * tt, mask=k < K, other=0.0)
+        inside += v
+        if j < 3:
+            bottom += v
+        if j >= 6:
+            top += v
+        if j % 3 == 0:
+            right += v
+        if j % 3 == 2:
+            left += v
+    if i == 0:
+        tl.store(sum_grad + n * K + k, inside, mask=k < K)
+    q = i * BP + tl.arange(0, BP)  # around: the first row, the last row, then the ends of those between
+    row = tl.where(q < 2 * w, q // w * (h - 1), 1 + (q - 2 * w) // 2)
+    column = tl.where(q < 2 * w, q % w, (q - 2 * w) % 2 * (w - 1))
+    first, last = (row == 0).to(tl.float32)[:, None], (row == h - 1).to(tl.float32)[:, None]
+    start, end = (column == 0).to(tl.float32)[:, None], (column == w - 1).to(tl.float32)[:, None]
+    v = -(first * top[None, :] + last * bottom[None, :] + start * left[None, :] + end * right[None, :])
+    v += first * start * tl.load(taps + 8 * tt, mask=k < K, other=0.0)[None, :]  # was taken off twice
+    v += first * end * tl.load(taps + 6 * tt, mask=k < K, other=0.0)[None, :]
+    v += last * start * tl.load(taps + 2 * tt, mask=k < K, other=0.0)[None, :]
+    v += last * end * tl.load(taps, mask=k < K, other=0.0)[None, :]
+    at = dx + n.to(tl.int64) * h * w * K + (row * w + column)[:, None] * sp + k[None, :] * sk
+    mask = (q < 2 * (w + h - 2))[:, None] & (k < K)[None, :]
+    v += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, v.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _filters(
+    d, filters, gain, taps, level, d_filters, d_gain, N, K, L, ADD: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """dW = γ·dW' and dγ = <W, dW'>, L weights a filter; with ADD dW' = d + Σ_n l·S."""
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    scale, total = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32), tl.zeros([BK, BL], tl.float32)
+    for start in range(0, L, BL):
+        t = start + tl.arange(0, BL)
+        at, mask = k[:, None] * L + t[None, :], (k < K)[:, None] & (t < L)[None, :]
+        v = tl.load(d + at, mask=mask, other=0.0).to(tl.float32)
+        if ADD:
+            for n in range(N):
+                s = tl.load(taps + n * L + t, mask=t < L, other=0.0)
+                v += tl.load(level + n * K + k, mask=k < K, other=0.0)[:, None] * s[None, :]
+        total += v * tl.load(filters + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_filters + at, (v * scale[:, None]).to(d_filters.dtype.element_ty), mask=mask)
+    tl.store(d_gain + k, tl.sum(total, 1).to(d_gain.dtype.element_ty), mask=k < K)
 
 
 class _Plan(NamedTuple):
@@ -228,41 +412,64 @@ def _partial(maps: Tensor, plan: _Plan) -> Tensor:
     return torch.empty((len(maps), plan.grid[0], maps.shape[1]), dtype=torch.float32, device=maps.device)
 
 
-def activate(z, bias, mean_scale, pool=False, mean=None):
-    """As `agcseg.nn.passes.activate`."""
+def sums(maps):
+    """Σ of each map in parts, (N, parts, C)."""
+    plan = _plan(maps)
+    partial = _partial(maps, plan)
+    positions, k = maps.shape[2:].numel(), maps.shape[1]
+    _run(_sums, plan.grid, maps, maps, partial, positions, k, *plan.strides, plan.share, **plan.tile)
+    return partial
+
+
+def activate(z, bias, mean_scale, pool=False, mean=None, sum_up=False):
+    """As `agcseg.nn.passes.activate`; with `sum_up`, of a known mean, also the output's `sums`."""
     n, k, h, w = z.shape
     plan, bias, mean_scale = _plan(z), bias.contiguous(), mean_scale.contiguous()
     z_strides, partial, shares = plan.strides, mean, 1
     if known := mean is not None:
         mean = mean.contiguous()
     else:
-        partial, shares = _partial(z, plan), plan.grid[0]
-        _run(_sums, plan.grid, z, z, partial, h * w, k, *z_strides, plan.share, **plan.tile)
+        partial, shares = sums(z), plan.grid[0]
         mean = torch.empty((n, k), dtype=torch.float32, device=z.device)
     y = winners = z
     if pool:
         y = empty(z, (n, k, h // 2, w // 2), layout(z))
         winners = torch.empty_like(y, dtype=torch.uint8)
         h, w, plan = h // 2, w // 2, _plan(y)
+    if sum_up:
+        partial = _partial(y, plan)
     _run(
         _activate, plan.grid, z, z, partial, mean, bias, mean_scale, y, winners, h * w, w, k, *plan.strides, *z_strides,
-        plan.share, shares, KNOWN=known, POOL=pool, SHARES=_power_of_2(shares), **plan.tile,
+        plan.share, shares, KNOWN=known, POOL=pool, SUM=sum_up, SHARES=_power_of_2(shares), **plan.tile,
     )  # fmt: skip
-    return y, winners if pool else None, mean
+    return y, winners if pool else None, mean, *([partial] if sum_up else [])
+
+
+def gate(grad, output, winners=None, sum_grad=None):
+    """g = dy·[y > 0], of `sum_grad`, the gradient of Σ y, if any; at the winners' places if any; and Σ g, in parts."""
+    n, k, h, w = output.shape
+    memory_format = layout(output)
+    grad = grad.contiguous(memory_format=memory_format)
+    g = empty(output, (n, k, h, w) if winners is None else (n, k, 2 * h, 2 * w), memory_format)
+    plan = _plan(output)
+    partial = _partial(output, plan)
+    pool, add = winners is not None, sum_grad is not None
+    _run(
+        _gate, plan.grid, g, grad, output, winners if pool else g, sum_grad if add else partial, g, partial, h * w, w,
+        k, *plan.strides, *_plan(g).strides, plan.share, ADD=add, POOL=pool, **plan.tile,
+    )  # fmt: skip
+    return g, partial
 
 
 def backward(grad, output, winners, mean, mean_scale):
     """As `agcseg.nn.passes.backward`."""
     n, k, h, w = output.shape
-    memory_format = layout(output)
-    grad, mean_scale = grad.contiguous(memory_format=memory_format), mean_scale.contiguous()
-    g = torch.empty_like(output)
+    mean_scale = mean_scale.contiguous()
+    g, partial = gate(grad, output)
     plan = _plan(g)
-    partial = _partial(g, plan)
-    _run(_gate, plan.grid, g, grad, output, g, partial, h * w, k, *plan.strides, plan.share, **plan.tile)
     dz, dz_strides = g, plan.strides
     if winners is not None:
-        dz = empty(g, (n, k, 2 * h, 2 * w), memory_format)
+        dz = empty(g, (n, k, 2 * h, 2 * w), layout(output))
         dz_strides = _plan(dz).strides
     d_bias, d_scale = torch.empty_like(mean_scale), torch.empty_like(mean_scale)
     _run(
@@ -271,6 +478,80 @@ def backward(grad, output, winners, mean, mean_scale):
         SHARES=_power_of_2(plan.grid[0]), **plan.tile,
     )  # fmt: skip
     return dz, d_bias, d_scale
+
+
+def levels(partial, mean, mean_scale, positions):
+    """From Σ g in parts and the mean of z': l = -λ·s/M, (N, K); dβ and dλ."""
+    (n, shares, k), mean_scale = partial.shape, mean_scale.contiguous()
+    level, d_bias, d_scale = torch.empty_like(mean), torch.empty_like(mean_scale), torch.empty_like(mean_scale)
+    bk = min(_power_of_2(k), 16)
+    _run(
+        _levels, (_ceil(k, bk), 1, 1), partial, partial, mean, mean_scale, level, d_bias, d_scale, n, k, positions,
+        shares, SHARES=_power_of_2(shares), BK=bk,
+    )  # fmt: skip
+    return level, d_bias, d_scale
+
+
+def tap_sums(maps, partial, filters, winners=None):
+    """S, the sums of what the taps of 3x3 filters see of maps, unpooled by `winners` if any, whose sums are `partial`.
+
+    (N, C, 3, 3) in float32, in the order in which `filters` has its weights. Heights and widths are at least 2.
+    """
+    n, k, h, w = maps.shape
+    memory_format = layout(maps)
+    maps = maps.contiguous(memory_format=memory_format)
+    winners = maps if winners is None else winners.contiguous(memory_format=memory_format)
+    taps = torch.empty((n, k, 3, 3), dtype=torch.float32, device=maps.device, memory_format=layout(filters))
+    bk, shares = min(_power_of_2(k), 16), partial.shape[1]
+    _run(
+        _tap_sums, (n, _ceil(k, bk), 1), maps, maps, winners, partial, taps, h, w, k, *_plan(maps).strides,
+        *_tap_strides(taps), shares, UNPOOL=winners is not maps, SHARES=_power_of_2(shares), BP=256, BK=bk, num_warps=8,
+    )  # fmt: skip
+    return taps
+
+
+def _tap_strides(taps):
+    return (taps.shape[1], 1) if layout(taps) == torch.channels_last else (1, 9)
+
+
+def fold(filters, gain, dtype, taps, positions):
+    """γW and the mean of the convolution with it, (N, K), of an input with these `tap_sums`."""
+    filters, gain = _dense(filters, gain)
+    (k, *_), n, length = filters.shape, len(taps), filters[0].numel()
+    folded, mean = torch.empty_like(filters, dtype=dtype), taps.new_empty((n, k))
+    bn = min(_power_of_2(n), 8)
+    _run(
+        _fold, (_ceil(k, 2), _ceil(n, bn), 1), filters, filters, gain, taps, folded, mean, n, k, length, positions,
+        BN=bn, BK=2, BL=min(256, _power_of_2(length)),
+    )  # fmt: skip
+    return folded, mean
+
+
+def fold_back(filters, gain, dtype, level):
+    """γW and what the mean's gradient adds to the positions that each tap reaches, Σ_k l·γW: (N, C, 3, 3)."""
+    filters, gain = _dense(filters, gain)
+    (k, c, *_), n, length = filters.shape, len(level), filters[0].numel()
+    folded = torch.empty_like(filters, dtype=dtype)
+    taps = torch.empty((n, c, 3, 3), dtype=torch.float32, device=level.device, memory_format=layout(filters))
+    bn = min(_power_of_2(n), 8)
+    _run(
+        _fold_back, (_ceil(length, 32), _ceil(n, bn), 1), filters, filters, gain, level, folded, taps, n, k, length,
+        BN=bn, BK=32, BL=32, num_warps=8,
+    )  # fmt: skip
+    return folded, taps
+
+
+def borders(dx, taps):
+    """Corrects the borders of dx in place, from `fold_back`; the gradient of the sums of x, (N, C)."""
+    n, k, h, w = dx.shape
+    sum_grad = taps.new_empty((n, k))
+    bk = min(_power_of_2(k), 64 if layout(dx) == torch.channels_last else 4)
+    bp = 1024 // bk
+    _run(
+        _borders, (_ceil(2 * (h + w - 2), bp), n, _ceil(k, bk)), dx, dx, taps, sum_grad, h, w, k, *_plan(dx).strides,
+        *_tap_strides(taps), BP=bp, BK=bk,
+    )  # fmt: skip
+    return sum_grad
 
 
 def unpool(values, winners):
@@ -300,13 +581,21 @@ def _between(values, winners, maps, gather):
     )  # fmt: skip
 
 
-def filter_gradients(d, filters, gain):
-    """As `agcseg.nn.passes.filter_gradients`; of filters that are a view of others, with strides of their own."""
-    filters, gain = filters.contiguous(memory_format=layout(filters)), gain.contiguous()
+def filter_gradients(d, filters, gain, taps=None, level=None):
+    """As `agcseg.nn.passes.filter_gradients`, of d + Σ_n l·S if these are given."""
+    filters, gain = _dense(filters, gain)
     d_filters, d_gain = torch.empty_like(filters), torch.empty_like(gain)
     if d.stride() != filters.stride():
         d = torch.empty_like(filters, dtype=d.dtype).copy_(d)
-    length = filters[0].numel()
-    block = min(1024, _power_of_2(length))
-    _run(_filters, (len(filters), 1, 1), d, d, filters, gain, d_filters, d_gain, length, BLOCK=block)
+    (k, *_), length = filters.shape, filters[0].numel()
+    _run(
+        _filters, (_ceil(k, 2), 1, 1), d, d, filters, gain, d if taps is None else taps, d if level is None else level,
+        d_filters, d_gain, 0 if taps is None else len(taps), k, length, ADD=taps is not None, BK=2,
+        BL=min(1024, _power_of_2(length)),
+    )  # fmt: skip
     return d_filters, d_gain
+
+
+def _dense(filters, gain):
+    """Of filters that are a view of others, with strides of their own."""
+    return filters.contiguous(memory_format=layout(filters)), gain.contiguous()

@@ -33,13 +33,14 @@ JOINED = 2**23  # numbers, up to which a GPU concatenates maps sooner than a hos
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 OPERATIONS.define(
-    "unit(Tensor[] inputs, Tensor? unpool, Tensor[] parameters, Tensor[] stem, int[] geometry, bool pool)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "unit(Tensor[] inputs, Tensor? unpool, Tensor[] parameters, Tensor[] stem, int[] geometry, bool pool, bool ahead,"
+    " Tensor? sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
 OPERATIONS.define(
     "unit_backward(Tensor grad, Tensor output, Tensor? winners, Tensor? unpool, Tensor mean, Tensor stem_mean,"
-    " Tensor[] parameters, Tensor[] stem, Tensor[] inputs, SymInt[] shapes, int[] geometry, bool[] needs) -> Tensor[]",
+    " Tensor[] parameters, Tensor[] stem, Tensor[] inputs, SymInt[] shapes, int[] geometry, bool[] needs,"
+    " Tensor? sum_grad, Tensor? taps, Tensor? stem_taps) -> Tensor[]",
     tags=TAGS,
 )
 
@@ -55,10 +56,17 @@ def _geometry(a: int, b: int, c: int, d: int, e: int, f: int, groups: int) -> Ge
     return Geometry((a, b), (c, d), (e, f), groups)
 
 
-def _forward(inputs, unpool, parameters, stem, geometry, pool):
-    """The output, winners of the pooling, mean of z' and of the stem's z'; numbers there are none of are empty."""
+def _forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
+    """The output, winners of the pooling, mean of z' and of the stem's z'; with `ahead` the output's sums (in parts, as
+    `sums` are the input's), the tap sums of the unit and of the stem. What there is none of is empty."""
     filters, gain, bias, mean_scale = parameters
-    geometry, maps, stem_mean = _geometry(*geometry), inputs, None
+    geometry, maps, stem_mean, taps, stem_taps = _geometry(*geometry), inputs, None, None, None
+    if ahead:
+        x = inputs[0]
+        if stem:
+            x, _, stem_mean, sums, stem_taps = _ahead(x, sums, None, stem, False)
+        output, winners, mean, sums, taps = _ahead(x, sums, unpool, parameters, pool)
+        return output, *(x.new_empty(0) if t is None else t for t in (winners, mean, stem_mean, sums, taps, stem_taps))
     if _joins(inputs[0], len(inputs[0]), [x.shape[1:] for x in inputs]):
         maps = [torch.cat(inputs, 1)]
     if stem:
@@ -71,51 +79,63 @@ def _forward(inputs, unpool, parameters, stem, geometry, pool):
     del maps
     z = z.contiguous(memory_format=_layout(inputs, filters))
     output, winners, mean = passes.activate(z, bias, mean_scale, pool=pool)
-    return output, *(z.new_empty(0) if t is None else t for t in (winners, mean, stem_mean))
+    return output, *(z.new_empty(0) if t is None else t for t in (winners, mean, stem_mean, None, None, None))
+
+
+def _ahead(x, sums, unpool, parameters, pool):
+    """A unit on a GPU whose mean is known ahead of its convolution, 3x3: its output, winners, mean, sums, tap sums."""
+    kernels, (filters, gain, bias, mean_scale) = passes.kernels(x), parameters
+    taps = kernels.tap_sums(x, kernels.sums(x) if sums is None else sums, filters, unpool)
+    maps = x if unpool is None else kernels.unpool(x, unpool)
+    folded, mean = kernels.fold(filters, gain, x.dtype, taps, maps.shape[2:].numel())
+    z = F.conv2d(maps, folded, padding=1)
+    del maps
+    z = z.contiguous(memory_format=_layout([x], filters))
+    output, winners, _, sums = kernels.activate(z, bias, mean_scale, pool, mean, True)
+    return output, winners, mean, sums, taps
 
 
 def _backward(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, sum_grad, taps,
+    stem_taps,
 ):  # fmt: skip
-    """Gradients of the unit's 4 parameters, the stem's 4 and the inputs; empty where not needed."""
-    geometry, by_sample = (
-        _geometry(*geometry),
-        [grad, output, winners, unpool, mean, *([stem_mean] if stem else [None])],
-    )
-    by_sample += inputs
+    """Gradients of the unit's 4 parameters, the stem's 4, the inputs and their sums; empty where not needed."""
+    geometry, if_stem = _geometry(*geometry), (lambda tensor: tensor if stem else None)
+    by_sample = [grad, output, winners, unpool, mean, if_stem(stem_mean), sum_grad, taps, if_stem(stem_taps), *inputs]
     shapes = [shapes[i : i + 3] for i in range(0, len(shapes), 3)]
     # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
     parts = 1
     if (unpool is not None or stem) and output.shape[2:].numel() * (1 if winners is None else 4) >= 2**16:
         parts = len(grad) if grad.device.type == "cpu" else min(len(grad), max(2, min(PARTS, len(grad) // 4)))
     if parts <= 1:
-        grads = _backward_part(*by_sample[:6], inputs, parameters, stem, shapes, geometry, needs)
+        grads = _backward_part(*by_sample[:9], inputs, parameters, stem, shapes, geometry, needs)
     else:
         chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=False)
-        grads = [_backward_part(*c[:6], c[6:], parameters, stem, shapes, geometry, needs) for c in chunks]
+        grads = [_backward_part(*c[:9], c[9:], parameters, stem, shapes, geometry, needs) for c in chunks]
         grads = list(zip(*grads, strict=True))
         grads = [g[0] if g[0] is None else reduce(Tensor.add_, g) for g in grads[:8]] + [
             g[0] if g[0] is None else torch.cat(g) for g in grads[8:]
         ]
     like = [*parameters, *(stem or parameters)]
     grads[:8] = [g if g is None else passes.as_parameter(g, p) for g, p in zip(grads[:8], like, strict=True)]
-    grads[8:] = [g if g is None else g.contiguous(memory_format=passes.layout(output)) for g in grads[8:]]
+    grads[8:-1] = [g if g is None else g.contiguous(memory_format=passes.layout(output)) for g in grads[8:-1]]
     return [output.new_empty(0) if g is None else g for g in grads]
 
 
 def _backward_part(
-    grad, output, winners, unpool, mean, stem_mean, inputs, parameters, stem, shapes, geometry, needs
-) -> list[Tensor | None]:
+    grad, output, winners, unpool, mean, stem_mean, sum_grad, taps, stem_taps, inputs, parameters, stem, shapes,
+    geometry, needs,
+) -> list[Tensor | None]:  # fmt: skip
     """`_backward` for some samples of the minibatch; None where not needed."""
     if _joins(output, len(output), shapes):
         channels, (_, height, width) = [shape[0] for shape in shapes], shapes[0]
         joined = [torch.cat(inputs, 1)] if inputs else []
-        *grads, d_joined = _backward_part(
-            grad, output, winners, unpool, mean, stem_mean, joined, parameters, stem,
+        *grads, d_joined, _ = _backward_part(
+            grad, output, winners, unpool, mean, stem_mean, None, None, None, joined, parameters, stem,
             [(sum(channels), height, width)], geometry, [*needs[:8], any(needs[8:])],
         )  # fmt: skip
         d_maps = [None] * len(shapes) if d_joined is None else d_joined.split(channels, 1)
-        return [*grads, *(d if need else None for d, need in zip(d_maps, needs[8:], strict=True))]
+        return [*grads, *(d if need else None for d, need in zip(d_maps, needs[8:], strict=True)), None]
     need_maps = tuple(needs[8:]) if not stem else (any(needs[4:]),)
     maps, shapes_of_maps = tuple(inputs), shapes
     if stem:
@@ -131,30 +151,35 @@ def _backward_part(
         shapes_of_maps = [(shapes[0][0], 2 * shapes[0][1], 2 * shapes[0][2])]
         if maps:
             maps = [passes.unpool(maps[0], unpool)]
-    grads, d_maps = _gradients(
-        grad, output, winners, mean, maps, shapes_of_maps, geometry, parameters, needs[:4], need_maps
+    grads, d_maps, d_sums = _gradients(
+        grad, output, winners, mean, maps, shapes_of_maps, geometry, parameters, needs[:4], need_maps, sum_grad, taps
     )
     d_stem = [None] * 4
     if stem and need_maps[0]:
-        d_stem, d_maps = _gradients(
+        d_stem, d_maps, d_sums = _gradients(
             d_maps[0], rebuilt, None, stem_mean, tuple(inputs), shapes, _same(stem[0]), stem, needs[4:8],
-            tuple(needs[8:]),
+            tuple(needs[8:]), d_sums, stem_taps,
         )  # fmt: skip
     elif stem:
         d_maps = [None] * len(needs[8:])
     elif unpool is not None and need_maps[0]:
         d_maps = [passes.gather(d_maps[0], unpool)]
-    return [*grads, *d_stem, *d_maps]
+    return [*grads, *d_stem, *d_maps, d_sums]
 
 
-def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, needs, need_maps):
-    """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no) and those of the convolution's inputs.
+def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, needs, need_maps, sum_grad, taps):
+    """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no), of the convolution's inputs and, where
+    the mean was known ahead, of their sums.
 
     `maps` are these inputs, of (C, H, W) `shapes`; a list if they may be freed on the way, empty where neither W nor γ
     needs a gradient.
     """
     filters, gain, _, mean_scale = parameters
     need_filters = needs[0] or needs[1]
+    if taps is not None:
+        return _gradients_ahead(
+            grad, output, winners, mean, maps, shapes, geometry, parameters, need_filters, need_maps, sum_grad, taps
+        )
     dz, d_bias, d_mean_scale = passes.backward(grad, output, winners, mean, mean_scale, need_filters or any(need_maps))
     d_filters = d_gain = None
     d_maps = [None] * len(need_maps)
@@ -164,7 +189,24 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, 
     if need_filters:
         d_filters = torch.cat(slices, 1) if len(slices) > 1 else slices[0]
         d_filters, d_gain = passes.filter_gradients(d_filters, filters, gain)
-    return [d_filters, d_gain, d_bias, d_mean_scale], d_maps
+    return [d_filters, d_gain, d_bias, d_mean_scale], d_maps, None
+
+
+def _gradients_ahead(
+    grad, output, winners, mean, maps, shapes, geometry, parameters, need_filters, need_maps, sum_grad, taps
+):  # fmt: skip
+    """`_gradients` where the mean's gradient is never added to maps."""
+    kernels, (filters, gain, _, mean_scale) = passes.kernels(output), parameters
+    g, partial = kernels.gate(grad, output, winners, sum_grad)
+    level, d_bias, d_mean_scale = kernels.levels(partial, mean, mean_scale, g.shape[2:].numel())
+    d_filters = d_gain = d_sums = None
+    folded, back = kernels.fold_back(filters, gain, g.dtype, level)
+    d_maps, slices = _convolve_backward(g, maps, shapes, geometry, filters, gain, need_maps, need_filters, folded)
+    if need_maps[0]:
+        d_sums = kernels.borders(d_maps[0], back)
+    if need_filters:
+        d_filters, d_gain = kernels.filter_gradients(slices[0], filters, gain, taps, level)
+    return [d_filters, d_gain, d_bias, d_mean_scale], d_maps, d_sums
 
 
 def _joins(like: Tensor, n: int, shapes: Sequence[Sequence[int]]) -> bool:
@@ -195,7 +237,7 @@ def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry:
     return z if fold else z.mul_(gain.to(dtype).view(-1, 1, 1))
 
 
-def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters):
+def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters, folded=None):
     """Two lists over the inputs: dx and the slice of dW', None where not needed. Overwrites dz, empties a list."""
     stride, padding, dilation, groups = geometry
 
@@ -204,8 +246,9 @@ def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, nee
             dz, x, w, None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
         )
 
-    fold = _fold_is_smaller(filters, dz)
-    folded = passes.fold(filters, gain, dz.dtype) if fold else filters.to(dz.dtype)
+    fold = folded is not None or _fold_is_smaller(filters, dz)
+    if folded is None:
+        folded = passes.fold(filters, gain, dz.dtype) if fold else filters.to(dz.dtype)
     # On small maps, and on a GPU's, calls cost more than the memory of both gradients at once.
     small = dz.numel() <= 4 * CACHED or dz.is_cuda
     if fold and small and need_filters and need_maps == (True,) and isinstance(maps, tuple):
@@ -244,7 +287,8 @@ def _layout(inputs: Sequence[Tensor], filters: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _fake_forward(inputs, unpool, parameters, stem, geometry, pool):
+def _fake_forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
+    assert not ahead  # under a compiler
     (x, *_), (filters, *_) = inputs, parameters
     stride, padding, dilation, _ = _geometry(*geometry)
     sides = x.shape[2:] if unpool is None else [2 * side for side in x.shape[2:]]
@@ -255,18 +299,20 @@ def _fake_forward(inputs, unpool, parameters, stem, geometry, pool):
     winners = torch.empty_like(output, dtype=torch.uint8) if pool else x.new_empty(0)
     dtype = passes.statistics_dtype(x)
     mean = x.new_empty((len(x), len(filters)), dtype=dtype)
-    return output, winners, mean, x.new_empty((len(x), len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
+    stem_mean = x.new_empty((len(x), len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
+    return output, winners, mean, stem_mean, *(x.new_empty(0) for _ in range(3))
 
 
 def _fake_backward(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, *_
 ):  # fmt: skip
     gradients = [torch.empty_like(p) for p in (*parameters, *(stem or parameters))]
     memory_format = passes.layout(output)
     for i in range(0, len(shapes), 3):
         shape = (len(output), *shapes[i : i + 3])
         gradients.append(torch.empty(shape, dtype=output.dtype, device=output.device, memory_format=memory_format))
-    return [g if need else output.new_empty(0) for g, need in zip(gradients, needs, strict=True)]
+    gradients = [g if need else output.new_empty(0) for g, need in zip(gradients, needs, strict=True)]
+    return [*gradients, output.new_empty(0)]
 
 
 OPERATIONS.impl("unit", _forward, "CompositeExplicitAutograd")
@@ -275,14 +321,14 @@ torch.library.register_fake("agcseg::unit", _fake_forward, lib=OPERATIONS)
 torch.library.register_fake("agcseg::unit_backward", _fake_backward, lib=OPERATIONS)
 
 
-def forward_work(inputs, unpool, parameters, stem, geometry, pool, out_shape=None, **_) -> int:
+def forward_work(inputs, unpool, parameters, stem, geometry, pool, ahead, sums, out_shape=None, **_) -> int:
     """Of the convolutions, two per multiplication and addition; from shapes. For torch.utils.flop_counter, whose import
     takes more than torch's own."""
     return sum(_work(out_shape[0], pool, own) for own in (parameters, stem) if own)
 
 
 def backward_work(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, **_
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, *_, **__
 ) -> int:
     """Twice the forward's, a gradient of filters and one of inputs, where needed; and what is rebuilt of the stem."""
     own, pool = [needs[0] or needs[1], any(needs[4:])], winners is not None

@@ -27,6 +27,7 @@ from agcseg.training.machine import settings
 BANDWIDTH = 3.0e12 * 0.85  # bytes/s
 PEAK = 798e12 * 0.75  # bfloat16 operations/s
 LAUNCH = 1.8e-6  # s, at least
+BORDERS = {"_tap_sums": ("x", "winners"), "_borders": ("dx",)}  # of which maps they read no more
 PASSES = {"native_batch_norm": 3, "native_batch_norm_backward": 5}  # over a map; statistics read it once more
 
 launched: list[tuple[str, int, int, int]] = []  # name, bytes, operations, launches
@@ -94,9 +95,16 @@ def _traffic(function, args, kwargs, result):
 def _own(self, *args, **options):
     result = _run_own(self, *args, **options)
     tensors = dict(zip(inspect.signature(self.fn).parameters, args, strict=False))
-    if not options.get("POOL", True):
+    if not options.get("POOL", options.get("UNPOOL", True)):
         tensors.pop("winners")  # there are none
-    launched.append((self.fn.__name__, sum(_bytes(t) for t in tensors.values() if isinstance(t, torch.Tensor)), 0, 1))
+    if not options.get("ADD", True):
+        tensors.pop("sum_grad", None)
+    moved = {name: _bytes(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    for name in BORDERS.get(self.fn.__name__, ()):
+        if name in moved:
+            *_, h, w = tensors[name].shape
+            moved[name] = moved[name] * 2 * (h + w) // (h * w)
+    launched.append((self.fn.__name__, sum(moved.values()), 0, 1))
     return result
 
 

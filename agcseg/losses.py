@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agcseg.data.labels import IGNORE
+from agcseg.nn.passes import kernels
 
 CONTOUR_LOSSES = ("iou", "bce", "class_iou")
 
@@ -69,6 +70,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | No
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, class_weights):
+        ctx.kernels = None if torch.compiler.is_compiling() else kernels(logits)
+        if ctx.kernels:
+            loss, number = ctx.kernels.class_loss(logits, labels, class_weights, IGNORE)
+            ctx.save_for_backward(logits, labels, class_weights, number)
+            return loss
         ctx.save_for_backward(logits, labels, class_weights)
         classes, weights = _pixels(logits, labels, class_weights)
         loss = F.log_softmax(logits, 1, dtype=weights.dtype).gather(1, classes)
@@ -78,7 +84,10 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("segmentation_loss has no second derivative (create_graph=True)")
-        logits, labels, class_weights = ctx.saved_tensors
+        logits, labels, class_weights, *number = ctx.saved_tensors
+        if number:
+            d = ctx.kernels.class_loss_gradient(logits, labels, class_weights, IGNORE, grad / number[0])
+            return d, None, None
         classes, weights = _pixels(logits, labels, class_weights)
         error = F.softmax(logits, 1, dtype=weights.dtype)
         # A comparison, no scatter: torch's deterministic algorithms would sort every pixel for one.

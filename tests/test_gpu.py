@@ -19,11 +19,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "fakegpu"))
 import fakegpu  # noqa: E402
 
+from agcseg import build  # noqa: E402
 from agcseg.bench import Case, Step, largest_minibatch  # noqa: E402
 from agcseg.config import NetworkConfig  # noqa: E402
 from agcseg.data import open_data  # noqa: E402
 from agcseg.data.minibatches import minibatches, open_split, read_ahead  # noqa: E402
 from agcseg.errors import UserError  # noqa: E402
+from agcseg.losses import image_losses  # noqa: E402
 from agcseg.nn import layer_signals  # noqa: E402
 from agcseg.training import run as training  # noqa: E402
 from agcseg.training import step as step_module  # noqa: E402
@@ -138,6 +140,31 @@ def check_run(config, folder):
 @pytest.mark.parametrize("network", ["segnet", "classnet"])
 def test_eager(make, tmp_path, network, norm, precision):
     check_run(make(network, norm, **PRECISIONS[precision]), tmp_path / "run")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("network", ["segnet", "classnet"])
+def test_gradients_are_those_of_the_formula(network, layout):
+    """In float32, of maps so large that a minibatch is taken in parts."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(4, 3, 256, 256), torch.randint(0, 19, (4, 256, 256), dtype=torch.uint8)
+    labels[:, :20] = 255
+    made = build(network, width=0.05, init="he_centered")
+    formula = build(network, width=0.05, implementation="literal")
+    formula.load_state_dict(made.state_dict())
+    made.to("cuda", memory_format=layout)
+    images_there = images.cuda().contiguous(memory_format=layout)
+    with settings("fp32"):
+        losses = image_losses(made(images_there), labels.cuda(), contours=labels.cuda() == 0)
+        sum(loss.mean() for loss in losses).backward()
+    if not fakegpu.here():
+        losses = image_losses(formula.double()(images.double()), labels, contours=labels == 0)
+        sum(loss.mean() for loss in losses).backward()
+        for (name, one), other in zip(made.named_parameters(), formula.parameters(), strict=True):
+            error = (one.grad.cpu() - other.grad).norm() / other.grad.norm()
+            assert error < 0.1, (name, error)  # float32 on a CPU: 0.04, where a rounding decides who passes a ReLU
 
 
 @gpu

@@ -1,19 +1,28 @@
-"""The Triton kernels against torch's operations: on CPU tensors, in Triton's interpreter, in a process of its own."""
+"""The Triton kernels against torch's operations: on a GPU, or on CPU tensors, in Triton's interpreter, in a process of
+its own."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent / "fakegpu"))
+import fakegpu  # noqa: E402
 
+from agcseg import losses  # noqa: E402
 from agcseg.nn import agc, agc_unit, inference, max_pool2d, max_unpool2d, passes  # noqa: E402
 from agcseg.nn.pooling import window_offsets  # noqa: E402
+from agcseg.training.machine import settings  # noqa: E402
 
-if not os.environ.get("TRITON_INTERPRET"):
+ON_GPU = torch.cuda.is_available() and not fakegpu.here()
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+if not (ON_GPU or os.environ.get("TRITON_INTERPRET")):
 
     def test_in_the_interpreter():
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
@@ -30,9 +39,11 @@ else:
     # one tile and part of one; several shares of several tiles; more maps than a tile has
     sizes = pytest.mark.parametrize("shape", [(2, 5, 6, 8), (1, 3, 64, 96), (3, 70, 2, 4)])
 
+    def seeded(number):
+        return torch.Generator("cuda" if ON_GPU else "cpu").manual_seed(number)
+
     def maps(shape, layout, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+        return torch.randn(shape, generator=seeded(0)).to(dtype).contiguous(memory_format=layout)
 
     def vectors(n):
         return torch.linspace(-1, 1, n).sin(), torch.linspace(2, -0.5, n)
@@ -41,6 +52,9 @@ else:
     def small_tiles(monkeypatch):
         monkeypatch.setattr(kernels, "TILE", 1024)
         monkeypatch.setattr(kernels, "SHARES", 3)
+        kernels._planned.cache_clear()
+        with torch.device("cuda" if ON_GPU else "cpu"), settings("fp32"):
+            yield
         kernels._planned.cache_clear()
 
     def check(found, expected, layout):
@@ -69,7 +83,7 @@ else:
     def test_backward(shape, layout, pool):
         z, (bias, mean_scale) = maps(shape, layout), vectors(shape[1])
         output, winners, mean = passes.activate(z, bias, mean_scale, pool)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))  # contiguous, whatever the layout
+        grad = torch.randn(output.shape, generator=seeded(1))  # contiguous, whatever the layout
         found = kernels.backward(grad, output, winners, mean, mean_scale)
         check(found, passes.backward(grad, output, winners, mean, mean_scale, True), layout)
 
@@ -269,6 +283,36 @@ else:
         for a, b in zip(found, expected, strict=True):
             size = b.abs().max()
             torch.testing.assert_close(a / size, b / size, rtol=0, atol=1e-4)
+
+    @both_layouts
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(3, 19, 6, 8), (2, 2, 40, 64), (1, 70, 2, 5)])
+    @pytest.mark.parametrize("weighted", [True, False])
+    def test_class_loss(shape, layout, dtype, weighted, monkeypatch):
+        n, k, *size = shape
+        logits = (8 * maps(shape, layout)).to(dtype)
+        logits[0, 1, 0, 0] = 90  # as exp would overflow
+        labels = torch.randint(0, k, (n, *size), generator=seeded(2), dtype=torch.uint8)
+        labels[:, 1] = 255
+        labels[-1, 1:] = 255 if n > 2 else 0
+        weights = torch.linspace(0, 2, k) if weighted else None
+        results = []
+        for on_a_gpu in (False, True):
+            monkeypatch.setattr(losses, "kernels", lambda maps, here=on_a_gpu: kernels if here else None)
+            x = logits.clone().requires_grad_() if on_a_gpu else logits.float().requires_grad_()
+            loss = losses.segmentation_loss(x, labels, weights)
+            (d,) = torch.autograd.grad(loss, x, torch.linspace(1, 2, n))
+            assert d.dtype == x.dtype and (d.is_contiguous(memory_format=layout) or not on_a_gpu)
+            results += [[loss, d.float()]]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+    def test_a_label_that_is_no_class_is_told(monkeypatch):
+        monkeypatch.setattr(losses, "kernels", lambda maps: kernels)
+        labels = torch.tensor([[[0, 1, 255, 0]], [[0, 3, 255, 0]]])
+        loss = losses.segmentation_loss(torch.zeros(2, 3, 1, 4), labels, torch.ones(3))
+        torch.testing.assert_close(loss[0], torch.tensor(3.0).log())
+        assert loss[1].isnan()
 
     def _flat(cells):
         h, w = cells.shape[2:]

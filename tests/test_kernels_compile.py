@@ -16,7 +16,7 @@ from agcseg.nn import kernels  # noqa: E402
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = ("P", "w", "h", "K", "sp", "sk", "zsp", "zsk", "tt", "tk", "share", "shares", "N", "L", "M")
 FLOATS = ("partial", "mean", "bias", "scale", "d_bias", "d_scale", "filters", "gain", "d_filters", "d_gain")
-FLOATS += ("sum_grad", "taps", "level")
+FLOATS += ("sum_grad", "taps", "level", "weights", "factor")
 POOLS = [{"POOL": pool, "SHARES": kernels.SHARES} for pool in (False, True)]
 CASES = {
     "_sums": [{}],
@@ -30,6 +30,9 @@ CASES = {
     "_fold_back": [{"BN": 8, "BK": 32, "BL": 32}],
     "_borders": [{}],
     "_filters": [{"ADD": new, "BK": 2, "BL": 1024} for new in (False, True)],
+}
+CASES |= {
+    name: [{"WEIGHTED": True, "IGNORE": 255, "BK": 32, "BP": 128}] for name in ("_class_loss", "_class_loss_back")
 }
 WARPS = {"_levels": 4, "_fold": 4, "_borders": 4, "_filters": 4}  # the others have 8
 
@@ -66,4 +69,4 @@ def _type(argument, constants):
         return "constexpr"
     if argument in INTEGERS:
         return "i32"
-    return "*u8" if argument == "winners" else "*fp32" if argument in FLOATS else "*bf16"
+    return "*u8" if argument in ("winners", "labels") else "*fp32" if argument in FLOATS else "*bf16"

@@ -366,6 +366,62 @@ def _filters(
     tl.store(d_gain + k, tl.sum(total, 1).to(d_gain.dtype.element_ty), mask=k < K)
 
 
+@triton.jit
+def _pixels(
+    logits, labels, weights, p, P, K, sp, sk, WEIGHTED: tl.constexpr, IGNORE: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Of P pixels' logits x: x - max x, whether k is the label, and the weight w[label]: 0 where it does not count."""
+    k = tl.arange(0, BK)
+    label = tl.load(labels + p, mask=p < P, other=IGNORE).to(tl.int32)
+    mask = (p < P)[:, None] & (k < K)[None, :]
+    x = tl.load(logits + p[:, None] * sp + k[None, :] * sk, mask=mask, other=-float("inf")).to(tl.float32)
+    weight = tl.where(label < K, 1.0, float("nan"))  # torch's gather would end the program
+    if WEIGHTED:
+        weight = tl.load(weights + label, mask=label < K, other=float("nan")).to(tl.float32)
+    x -= tl.where(p < P, tl.max(x, 1), 0.0)[:, None]
+    return x, k[None, :] == label[:, None], tl.where(label == IGNORE, 0.0, weight), label != IGNORE
+
+
+@triton.jit
+def _class_loss(
+    logits, labels, weights, partial, P, K, sp, sk, share,
+    WEIGHTED: tl.constexpr, IGNORE: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ w[label]·-log softmax(x)[label] and the number of labelled pixels, of a share of an image's."""
+    i, n = tl.program_id(0), tl.program_id(1)
+    logits += n.to(tl.int64) * P * K
+    labels += n.to(tl.int64) * P
+    total, number = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
+    for p0 in range(i * share, min(i * share + share, P), BP):
+        p = p0 + tl.arange(0, BP)
+        x, own, weight, counts = _pixels(logits, labels, weights, p, P, K, sp, sk, WEIGHTED, IGNORE, BK)
+        cost = tl.log(tl.sum(tl.exp(x), 1)) - tl.sum(tl.where(own, x, 0.0), 1)
+        total += tl.where(counts, weight * cost, 0.0)
+        number += counts.to(tl.float32)
+    at = partial + (n * tl.num_programs(0) + i) * 2
+    tl.store(at, tl.sum(total))
+    tl.store(at + 1, tl.sum(number))
+
+
+@triton.jit
+def _class_loss_back(
+    logits, labels, weights, factor, d, P, K, sp, sk, share,
+    WEIGHTED: tl.constexpr, IGNORE: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dx = (softmax(x) - [k = label])·w[label]·factor of the image."""
+    i, n, k = tl.program_id(0), tl.program_id(1), tl.arange(0, BK)
+    logits += n.to(tl.int64) * P * K
+    labels += n.to(tl.int64) * P
+    d += n.to(tl.int64) * P * K
+    for p0 in range(i * share, min(i * share + share, P), BP):
+        p = p0 + tl.arange(0, BP)
+        x, own, weight, _ = _pixels(logits, labels, weights, p, P, K, sp, sk, WEIGHTED, IGNORE, BK)
+        v = tl.exp(x)
+        v = v / tl.sum(v, 1)[:, None] - tl.where(own, 1.0, 0.0)
+        v = (v * (weight * tl.load(factor + n))[:, None]).to(d.dtype.element_ty)
+        tl.store(d + p[:, None] * sp + k[None, :] * sk, v, mask=(p < P)[:, None] & (k < K)[None, :])
+
+
 class _Plan(NamedTuple):
     """How maps are gone through: strides from one position and from one map to the next, the programs, positions of a
     program's share, and the size of tiles."""
@@ -594,6 +650,38 @@ def filter_gradients(d, filters, gain, taps=None, level=None):
         BL=min(1024, _power_of_2(length)),
     )  # fmt: skip
     return d_filters, d_gain
+
+
+def class_loss(logits, labels, class_weights, ignore):
+    """The loss of `agcseg.losses.segmentation_loss` and its divisors, both (N,)."""
+    share, shares, arguments, options = _by_pixel(logits, labels, class_weights, ignore)
+    partial = torch.empty((len(logits), shares, 2), dtype=torch.float32, device=logits.device)
+    _run(_class_loss, (shares, len(logits), 1), logits, *arguments[:3], partial, *arguments[3:], share, **options)
+    total, number = partial.sum(1).unbind(1)
+    number = number.clamp(min=1)
+    return total / number, number
+
+
+def class_loss_gradient(logits, labels, class_weights, ignore, factor):
+    """Of Σ_n factor_n·(its sum over image n)."""
+    share, shares, arguments, options = _by_pixel(logits, labels, class_weights, ignore)
+    d = torch.empty_like(arguments[0])
+    grid, factor = (shares, len(logits), 1), factor.contiguous()
+    _run(_class_loss_back, grid, logits, *arguments[:3], factor, d, *arguments[3:], share, **options)
+    return d
+
+
+def _by_pixel(logits, labels, class_weights, ignore):
+    n, k, h, w = logits.shape
+    logits = logits.contiguous(memory_format=layout(logits))
+    bk, weighted = _power_of_2(k), class_weights is not None
+    bp = max(1, min(_power_of_2(h * w), TILE // bk))
+    tiles = _ceil(h * w, bp)
+    share = _ceil(tiles, min(tiles, SHARES, max(1, PROGRAMS // n))) * bp
+    weights = class_weights.contiguous() if weighted else logits
+    arguments = [logits, labels.contiguous(), weights, h * w, k, *_plan(logits).strides]
+    options = {"WEIGHTED": weighted, "IGNORE": ignore, "BP": bp, "BK": bk, "num_warps": 8}
+    return share, _ceil(h * w, share), arguments, options
 
 
 def _dense(filters, gain):

@@ -26,7 +26,7 @@ from agcseg.data import open_data  # noqa: E402
 from agcseg.data.minibatches import minibatches, open_split, read_ahead  # noqa: E402
 from agcseg.errors import UserError  # noqa: E402
 from agcseg.losses import image_losses  # noqa: E402
-from agcseg.nn import layer_signals  # noqa: E402
+from agcseg.nn import layer_signals, unit  # noqa: E402
 from agcseg.training import run as training  # noqa: E402
 from agcseg.training import step as step_module  # noqa: E402
 from agcseg.training.machine import find_device, out_of_memory, settings  # noqa: E402
@@ -145,9 +145,11 @@ def test_eager(make, tmp_path, network, norm, precision):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("many", [2**12, 2**23])
 @pytest.mark.parametrize("network", ["segnet", "classnet"])
-def test_gradients_are_those_of_the_formula(network, layout):
+def test_gradients_are_those_of_the_formula(network, many, layout, monkeypatch):
     """In float32, of maps so large that a minibatch is taken in parts."""
+    monkeypatch.setattr(unit, "MANY", many)
     torch.manual_seed(0)
     images, labels = torch.rand(4, 3, 256, 256), torch.randint(0, 19, (4, 256, 256), dtype=torch.uint8)
     labels[:, :20] = 255

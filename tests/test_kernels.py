@@ -253,13 +253,14 @@ else:
     @both_layouts
     @pytest.mark.parametrize("outer", [False, True])
     @pytest.mark.parametrize("stem", [False, True])
-    def test_units_that_know_their_mean(outer, stem, layout, monkeypatch):
+    @pytest.mark.parametrize("many", [0, 5 * 4 * 32])  # all, all but one in the middle
+    def test_units_that_know_their_mean(many, outer, stem, layout, monkeypatch):
         """Units that hand on the sums of their maps equal the formula, with an unpooling and a pooling among them."""
         monkeypatch.setattr(passes, "kernels", lambda maps: kernels)
         monkeypatch.setattr("agcseg.nn.fast.SMALL", 0)
-        monkeypatch.setattr("agcseg.nn.unit.PARTS", 2)
+        monkeypatch.setattr("agcseg.nn.unit.MANY", many)
         x = maps((5, 3, 8, 4), layout).requires_grad_(outer)  # the convolution's input's gradient, or none
-        widths = [3, 6, 4, 5, 4, 2]
+        widths = [3, 6, 3, 5, 4, 6]
         units = [[torch.randn(k, c, 3, 3), *torch.randn(3, k)] for c, k in zip(widths, widths[1:], strict=False)]
         units = [[p.contiguous(memory_format=layout) if p.dim() == 4 else p for p in unit] for unit in units]
         units = [[p.requires_grad_() for p in unit] for unit in units]
@@ -269,7 +270,8 @@ else:
             y, sums = agc_unit(y, *units[1], sum_up=True, sums=sums)
         y, winners, sums = agc_unit(y, *units[2], pool=True, sum_up=True, sums=sums)
         y, sums = agc_unit(y, *units[3], unpool=winners.flip(1)[:, :1].expand_as(y), sum_up=True, sums=sums)
-        found, _ = agc_unit(y, *units[4], sum_up=True, sums=sums)
+        found, sums = agc_unit(y, *units[4], sum_up=True, sums=sums)
+        assert sums is not None
         y = x
         for i, (filters, *parameters) in enumerate(units):
             if i == 3:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from agcseg.nn import passes
+from agcseg.nn import passes, unit
 from agcseg.nn.agc import AGC2d, _check, agc, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 from agcseg.nn.unit import PLAIN, Geometry, _same, operands
@@ -77,8 +77,8 @@ def agc_unit(
         (N, K, H, W); with `pool` the maxima (N, K, H/2, W/2) and the winners, of the same shape: which cell of its
         window held the (first) maximum, 0 and 1 in the upper row, 2 and 3 in the lower, uint8; of small maps torch's
         own indices. Either serves as `unpool`. With `sum_up` the sums of the maps too, last, each in some parts, (N,
-        parts, K); None where they would save no time: that is everywhere but on a GPU, for one input and filters of
-        3x3, not under a compiler.
+        parts, K); None where they would save no time: everywhere but on a GPU, for one input, filters of 3x3 and a
+        large output, not under a compiler.
     """
     inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
     if has_torch_function(inputs):
@@ -137,6 +137,7 @@ def _is_ahead(inputs, filters, stem, geometry, unpool) -> bool:
         and geometry == PLAIN._replace(padding=(1, 1))
         and all(weights.shape[2:] == (3, 3) for weights in (filters, *(stem or ())[:1]))
         and (unpool is not None or min(inputs[0].shape[2:]) > 1)
+        and len(filters) * inputs[0][:, 0].numel() * (1 if unpool is None else 4) >= unit.MANY
     )
 
 

@@ -28,7 +28,7 @@ class Geometry(NamedTuple):
 
 PLAIN = Geometry()
 PARTS = 4  # of a minibatch, at most, in which a GPU rebuilds maps; of a small one 2
-JOINED = 2**23  # numbers, up to which a GPU concatenates maps sooner than a host asks for a convolution of each
+MANY = 2**23  # numbers, from which on a GPU takes longer for a pass over maps than a host for the calls that spare it
 
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -211,7 +211,7 @@ def _gradients_ahead(
 
 def _joins(like: Tensor, n: int, shapes: Sequence[Sequence[int]]) -> bool:
     """Whether the maps of a convolution, of (C, H, W) `shapes`, are concatenated for it."""
-    return like.is_cuda and len(shapes) > 1 and n * sum(math.prod(shape) for shape in shapes) <= JOINED
+    return like.is_cuda and len(shapes) > 1 and n * sum(math.prod(shape) for shape in shapes) < MANY
 
 
 def _same(filters: Tensor) -> Geometry:

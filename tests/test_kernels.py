@@ -109,6 +109,13 @@ else:
         for notation in (winners, window_offsets(winners, shape[3])):
             assert torch.equal(kernels.unpool(values, notation), F.max_unpool2d(values, winners, 2))
             assert torch.equal(kernels.gather(z, notation), values)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            room = torch.empty(2 * len(values), *values.shape[1:]).contiguous(memory_format=memory_format)
+            passes.gather(z, window_offsets(winners, shape[3]), room[-len(z) :])
+            assert torch.equal(room[-len(z) :], values)
+            if memory_format == layout:
+                kernels.gather(z, winners, room[: len(z)])
+                assert torch.equal(room[: len(z)], values)
 
     def test_maps_and_vectors_that_lie_in_others():
         """What a caller hands over need not be dense: a slice, a gradient that is one number, a column of a table."""

@@ -620,10 +620,11 @@ def unpool(values, winners):
     return maps
 
 
-def gather(maps, winners):
+def gather(maps, winners, values=None):
     """As `agcseg.nn.passes.gather`; winners in either notation."""
     memory_format = layout(maps)
-    values = empty(maps, winners.shape, memory_format)
+    if values is None:
+        values = empty(maps, winners.shape, memory_format)
     maps, winners = (part.contiguous(memory_format=memory_format) for part in (maps, winners))
     _between(values, winners, maps, True)
     return values

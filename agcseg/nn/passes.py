@@ -197,12 +197,15 @@ def unpool(values: Tensor, cells: Tensor) -> Tensor:
     return maps
 
 
-def gather(maps: Tensor, cells: Tensor) -> Tensor:
-    """(N, C, 2h, 2w) -> (N, C, h, w): the values in the cells, the inverse of `unpool`."""
-    if fast := kernels(maps):
-        return fast.gather(maps, cells)
+def gather(maps: Tensor, cells: Tensor, values: Tensor | None = None) -> Tensor:
+    """(N, C, 2h, 2w) -> (N, C, h, w): the values in the cells, the inverse of `unpool`; into `values`, if given."""
     fmt = layout(maps)
-    values = torch.empty_like(cells, dtype=maps.dtype, memory_format=fmt)
+    if values is not None and not values.is_contiguous(memory_format=fmt):
+        return values.copy_(gather(maps, cells))
+    if fast := kernels(maps):
+        return fast.gather(maps, cells, values)
+    if values is None:
+        values = torch.empty_like(cells, dtype=maps.dtype, memory_format=fmt)
     for windows, value, cell in _blocks(_windows(maps, fmt), _rows(values, fmt), _rows(cells, fmt)):
         pairs, value, below, right = _pairs(windows), _bits(value), cell >> 1, cell & 1
         if pairs is not None:

@@ -6,7 +6,7 @@ them in forward too, runs it as it runs eagerly, and fake tensors have its shape
 
 import math
 from collections.abc import Sequence
-from functools import cache, reduce
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -101,21 +101,29 @@ def _backward(
 ):  # fmt: skip
     """Gradients of the unit's 4 parameters, the stem's 4, the inputs and their sums; empty where not needed."""
     geometry, if_stem = _geometry(*geometry), (lambda tensor: tensor if stem else None)
-    by_sample = [grad, output, winners, unpool, mean, if_stem(stem_mean), sum_grad, taps, if_stem(stem_taps), *inputs]
+    by_sample = [grad, output, winners, unpool, mean, if_stem(stem_mean), sum_grad, taps, if_stem(stem_taps)]
     shapes = [shapes[i : i + 3] for i in range(0, len(shapes), 3)]
     # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
     parts = 1
     if (unpool is not None or stem) and output.shape[2:].numel() * (1 if winners is None else 4) >= 2**16:
         parts = len(grad) if grad.device.type == "cpu" else min(len(grad), max(2, min(PARTS, len(grad) // 4)))
     if parts <= 1:
-        grads = _backward_part(*by_sample[:9], inputs, parameters, stem, shapes, geometry, needs)
+        grads = _backward_part(*by_sample, None, inputs, parameters, stem, shapes, geometry, needs)
     else:
-        chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in by_sample), strict=False)
-        grads = [_backward_part(*c[:9], c[9:], parameters, stem, shapes, geometry, needs) for c in chunks]
-        grads = list(zip(*grads, strict=True))
-        grads = [g[0] if g[0] is None else reduce(Tensor.add_, g) for g in grads[:8]] + [
-            g[0] if g[0] is None else torch.cat(g) for g in grads[8:]
-        ]
+        d_input = None
+        if unpool is not None and needs[8]:
+            d_input = torch.empty_like(unpool, dtype=output.dtype, memory_format=passes.layout(output))
+        tensors = (*by_sample, d_input, *inputs)
+        chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in tensors), strict=False)
+        grads, *others = (_backward_part(*c[:10], c[10:], parameters, stem, shapes, geometry, needs) for c in chunks)
+        for other in others:
+            pairs = zip(*((a, b) for a, b in zip(grads[:8], other, strict=False) if a is not None), strict=True)
+            torch._foreach_add_(*map(list, pairs))
+        for i in range(8, len(grads)):
+            if i == 8 and d_input is not None:
+                grads[i] = d_input
+            elif grads[i] is not None:
+                grads[i] = torch.cat([grads[i], *(other[i] for other in others)])
     like = [*parameters, *(stem or parameters)]
     grads[:8] = [g if g is None else passes.as_parameter(g, p) for g, p in zip(grads[:8], like, strict=True)]
     grads[8:-1] = [g if g is None else g.contiguous(memory_format=passes.layout(output)) for g in grads[8:-1]]
@@ -123,15 +131,16 @@ def _backward(
 
 
 def _backward_part(
-    grad, output, winners, unpool, mean, stem_mean, sum_grad, taps, stem_taps, inputs, parameters, stem, shapes,
-    geometry, needs,
+    grad, output, winners, unpool, mean, stem_mean, sum_grad, taps, stem_taps, d_input, inputs, parameters, stem,
+    shapes, geometry, needs,
 ) -> list[Tensor | None]:  # fmt: skip
-    """`_backward` for some samples of the minibatch; None where not needed."""
+    """`_backward` for some samples of the minibatch; None where not needed. Fills `d_input` where the input is unpooled
+    and there is one."""
     if _joins(output, len(output), shapes):
         channels, (_, height, width) = [shape[0] for shape in shapes], shapes[0]
         joined = [torch.cat(inputs, 1)] if inputs else []
         *grads, d_joined, _ = _backward_part(
-            grad, output, winners, unpool, mean, stem_mean, None, None, None, joined, parameters, stem,
+            grad, output, winners, unpool, mean, stem_mean, None, None, None, None, joined, parameters, stem,
             [(sum(channels), height, width)], geometry, [*needs[:8], any(needs[8:])],
         )  # fmt: skip
         d_maps = [None] * len(shapes) if d_joined is None else d_joined.split(channels, 1)
@@ -163,7 +172,7 @@ def _backward_part(
     elif stem:
         d_maps = [None] * len(needs[8:])
     elif unpool is not None and need_maps[0]:
-        d_maps = [passes.gather(d_maps[0], unpool)]
+        d_maps = [passes.gather(d_maps[0], unpool, d_input)]
     return [*grads, *d_stem, *d_maps, d_sums]
 
 

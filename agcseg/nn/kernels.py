@@ -206,7 +206,7 @@ def _window(
             _to_cells(maps, tl.load(values + at, mask=mask, other=0.0), winner, p, w, k, zsp, zsk, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "shares"])
 def _levels(
     partial, mean, scale, level, d_bias, d_scale, N, K, M, shares, SHARES: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
@@ -237,7 +237,7 @@ def _line(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h", "w", "shares"])
 def _tap_sums(
     x, winners, partial, taps, h, w, K, sp, sk, tt, tk, shares,
     UNPOOL: tl.constexpr, SHARES: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
@@ -272,7 +272,7 @@ def _tap_sums(
             tl.store(taps + (3 * i + j) * tt, seen, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _fold(
     filters, gain, taps, folded, mean, N, K, L, M, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
@@ -291,7 +291,7 @@ def _fold(
     tl.store(mean + n[:, None] * K + k[None, :], tl.sum(total, 2) / M, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _fold_back(
     filters, gain, level, folded, taps, N, K, L, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
@@ -309,7 +309,7 @@ def _fold_back(
     tl.store(taps + n[:, None] * L + t[None, :], tl.sum(total, 1), mask=(n < N)[:, None] & (t < L)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h", "w"])
 def _borders(dx, taps, sum_grad, h, w, K, sp, sk, tt, tk, BP: tl.constexpr, BK: tl.constexpr):
     """The gradient of Σ x from those of the taps, and from the borders of dx what taps add inside that never reach
     them."""
@@ -346,7 +346,7 @@ def _borders(dx, taps, sum_grad, h, w, K, sp, sk, tt, tk, BP: tl.constexpr, BK: 
     tl.store(at, v.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _filters(
     d, filters, gain, taps, level, d_filters, d_gain, N, K, L, ADD: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
@@ -543,7 +543,7 @@ def levels(partial, mean, mean_scale, positions):
     bk = min(_power_of_2(k), 16)
     _run(
         _levels, (_ceil(k, bk), 1, 1), partial, partial, mean, mean_scale, level, d_bias, d_scale, n, k, positions,
-        shares, SHARES=_power_of_2(shares), BK=bk,
+        shares, SHARES=_power_of_2(SHARES), BK=bk,
     )  # fmt: skip
     return level, d_bias, d_scale
 
@@ -561,7 +561,8 @@ def tap_sums(maps, partial, filters, winners=None):
     bk, shares = min(_power_of_2(k), 16), partial.shape[1]
     _run(
         _tap_sums, (n, _ceil(k, bk), 1), maps, maps, winners, partial, taps, h, w, k, *_plan(maps).strides,
-        *_tap_strides(taps), shares, UNPOOL=winners is not maps, SHARES=_power_of_2(shares), BP=256, BK=bk, num_warps=8,
+        *_tap_strides(taps), shares, UNPOOL=winners is not maps, BP=256, BK=bk,
+        SHARES=_power_of_2(SHARES), num_warps=8,
     )  # fmt: skip
     return taps
 

@@ -144,9 +144,9 @@ def test_eager(make, tmp_path, network, norm, precision):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("many", [2**12, 2**23])
-@pytest.mark.parametrize("network", ["segnet", "classnet"])
+@pytest.mark.parametrize("layout", [pytest.param(torch.contiguous_format, marks=slow), torch.channels_last])
+@pytest.mark.parametrize("many", [2**12, pytest.param(2**23, marks=slow)])
+@pytest.mark.parametrize("network", ["segnet", pytest.param("classnet", marks=slow)])
 def test_gradients_are_those_of_the_formula(network, many, layout, monkeypatch):
     """In float32, of maps so large that a minibatch is taken in parts."""
     monkeypatch.setattr(unit, "MANY", many)

@@ -258,8 +258,7 @@ else:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
     @both_layouts
-    @pytest.mark.parametrize("outer", [False, True])
-    @pytest.mark.parametrize("stem", [False, True])
+    @pytest.mark.parametrize("outer, stem", [(False, True), (True, False)])
     @pytest.mark.parametrize("many", [0, 5 * 4 * 32])  # all, all but one in the middle
     def test_units_that_know_their_mean(many, outer, stem, layout, monkeypatch):
         """Units that hand on the sums of their maps equal the formula, with an unpooling and a pooling among them."""
@@ -294,9 +293,8 @@ else:
             torch.testing.assert_close(a / size, b / size, rtol=0, atol=1e-4)
 
     @both_layouts
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype, weighted", [(torch.float32, True), (torch.bfloat16, False)])
     @pytest.mark.parametrize("shape", [(3, 19, 6, 8), (2, 2, 40, 64), (1, 70, 2, 5)])
-    @pytest.mark.parametrize("weighted", [True, False])
     def test_class_loss(shape, layout, dtype, weighted, monkeypatch):
         n, k, *size = shape
         logits = (8 * maps(shape, layout)).to(dtype)

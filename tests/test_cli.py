@@ -34,19 +34,6 @@ def small(streets, tmp_path):
     ]  # fmt: skip
 
 
-def test_two_run_sweep_then_nothing_left_then_report(command, small, tmp_path):
-    done = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
-    assert done.returncode == 0, done.stderr
-    folders = sorted(path.name for path in (tmp_path / "outputs/pair").glob("segnet*"))
-    assert folders == [f"segnet-{norm}-mb4-lr0.08-seed1-data.size=32x64-network.width=0.05" for norm in ("agc", "bn")]
-    assert "Traceback" not in done.stdout + done.stderr
-    again = command("train", "-m", *small, "norm=bn,agc", "name=pair", "hydra.launcher.jobs_per_device=2")
-    assert again.returncode == 0 and "2 runs: 2 skipped" in again.stdout
-    report = command("report", "outputs/pair")
-    assert report.returncode == 0 and "tensorboard --logdir outputs/pair" in report.stdout
-    assert {"figure.png", "report.md", "report.csv"} <= {path.name for path in (tmp_path / "outputs/pair").iterdir()}
-
-
 def test_a_diverged_and_a_refused_run_do_not_stop_a_sweep(command, small, tmp_path):
     done = command("train", "-m", *small, "norm=none", "lr.value=1e30,-1,0.01", "name=three", "epochs=3")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr

@@ -332,10 +332,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_arrive_as_they_are_typed(text):
     """Singly, and in a sweep, where commas part values."""
-    for key in ("data.root", "name", "init_from", "++run"):
-        (argument,) = hydra_arguments("agcseg-train", [f"{key}={text}"], Config)
-        made = config(argument)
-        assert text in (made.data.root, made.name, made.init_from, made.run)
+    typed = [f"{key}={text}" for key in ("data.root", "name", "init_from", "++run")]
+    made = config(*hydra_arguments("agcseg-train", typed, Config))
+    assert [made.data.root, made.name, made.init_from, made.run] == [text] * 4
     if "," in text or "(" in text:
         return
     _, argument = hydra_arguments("agcseg-train", ["-m", f"data.root={text},other"], Config)

@@ -135,7 +135,7 @@ def check_run(config, folder):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=slow)])  # test_settings has some of it
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("network", ["segnet", "classnet"])
 def test_eager(make, tmp_path, network, norm, precision):

@@ -314,14 +314,14 @@ def rows(folder):
 
 
 def test_a_killed_sweep_goes_on_with_the_same_command(streets, tmp_path):
-    """One run is killed, then the launcher; the same command ends all four runs, as if nothing had happened."""
+    """One run is killed, then the launcher; the same command ends all three runs, as if nothing had happened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def agcseg_train(name, *more):
         return [
             sys.executable, "-m", "agcseg.cli.train", "-m", "experiment=demo", f"name={name}", f"data.root={streets}",
             "data.size=[32,64]", f"data.cache_dir={tmp_path}/cache", "network.width=0.05", "epochs=6", "device=cpu",
-            "minibatch=1,2", *more,
+            "norm=agc", "minibatch=1,2,4", *more,
         ]  # fmt: skip
 
     def running(but=()):
@@ -349,9 +349,12 @@ def test_a_killed_sweep_goes_on_with_the_same_command(streets, tmp_path):
     assert "killed by SIGKILL" in (tmp_path / "first.log").read_text() and len(broken) >= 2
     again = subprocess.run(killed, cwd=tmp_path, env=threads, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
+    done = subprocess.run(killed, cwd=tmp_path, env=threads, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 runs: 3 skipped" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in again.stdout + again.stderr + done.stdout + done.stderr
 
     runs = sorted(path.parent.name for path in folder.glob("*/result.json"))
-    assert len(runs) == 4
+    assert len(runs) == 3
     for run in runs:
         ended, reference = folder / run, tmp_path / "outputs/straight" / run
         assert json.loads((ended / "result.json").read_text())["state"] == "finished"

@@ -362,6 +362,24 @@ def test_a_line_for_each_epoch_where_no_bar_is_seen(tiny, monkeypatch, caplog, s
     assert [record.levelno for record in caplog.records if "epoch   1/2" in record.message] == [level]
 
 
+@pytest.mark.parametrize("norm", ["agc", "bn", "none"])
+def test_a_layer_that_dies_is_told_once(tiny, tmp_path, monkeypatch, caplog, norm):
+    def killed(*arguments):
+        state = begin(*arguments)
+        for name, parameter in state.network.named_parameters():
+            if name in ("decoder.4.0.norm.bias", "decoder.4.0.conv.bias"):
+                parameter.data.fill_(-100)
+        return state
+
+    run(tiny(norm, epochs=2), tmp_path / "alive")
+    assert "is dead" not in caplog.text
+    monkeypatch.setattr(agcseg.training.run, "begin", killed)
+    run(tiny(norm, epochs=2), tmp_path / "dead")
+    said = [record.message for record in caplog.records if "is dead" in record.message]
+    assert len(said) == 1 and "epoch 0: decoder.4.0 is dead: no point of its 3 maps" in said[0]
+    assert said[0] in (tmp_path / "dead/run.log").read_text()
+
+
 def test_a_full_disk_is_said_of_the_event_files(tmp_path, monkeypatch):
     board = TensorBoard(tmp_path, 0, 0, [], {})
     monkeypatch.setattr(SummaryWriter, "flush", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))

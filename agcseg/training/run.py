@@ -305,6 +305,15 @@ def _describe_layers(state: State, epoch: int, watched: Tensor) -> None:
     signals = layer_signals(state.network, watched)
     factors = None if state.gems is None else state.gems.factors if epoch else {}
     state.layers += layer_rows(state.network, epoch, signals, factors)
+    dead = [row for row in state.layers if row["dead"] == row["num_features"]]
+    before = {row["layer"] for row in dead if row["epoch"] == epoch - 1}
+    for row in dead:
+        if row["epoch"] == epoch and row["layer"] not in before:
+            log.warning(
+                f"epoch {epoch}: {row['layer']} is dead: no point of its {row['dead']} maps passes the ReLU, in any of"
+                f" {len(watched)} validation images, and what lies in front of it learns nothing through it; try a"
+                " smaller learning rate or other initial weights"
+            )
 
 
 def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict | None) -> Any:

@@ -251,6 +251,16 @@ def test_program_prints_the_table(folder, capsys):
     assert row[:5] == ["AGC", "4", "0.08", "1", "20.0"]
 
 
+def test_runs_that_learnt_nothing_are_named(tmp_path):
+    for seed, errors in enumerate(([0.7, 0.3], [0.7, 0.6], [0.6, 0.8])):
+        make_run(tmp_path, f"agc{seed}", errors, "agc", seed=seed)
+        make_run(tmp_path, f"bn{seed}", [0.7, 0.59], seed=seed)
+    make_run(tmp_path, "bn3", [0.9, math.nan], seed=3, state="diverged")
+    write_report(tmp_path)
+    said = "Runs that were never better, and learnt nothing, but count in the means: AGC (2 of 3)."
+    assert said in (tmp_path / "report.md").read_text()
+
+
 def test_program_help_and_imports(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

@@ -147,8 +147,15 @@ def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
         texts.append(f"Pixel error of {NAMES.get(network, network)} at epoch {epoch_of(groups)}: {', '.join(said)}.")
     commonest = " or ".join(map(str, figures.commonest(runs)))
     texts += [f"Always naming the commonest class errs on {commonest} %."] * bool(commonest)
+    stuck = {name: sum(map(_learnt_nothing, seeds.values())) for name, seeds in groups.items()}
+    where = "; ".join(f"{name} ({number} of {len(groups[name])})" for name, number in stuck.items() if number)
+    texts += [f"Runs that were never better, and learnt nothing, but count in the means: {where}."] * bool(where)
     texts += ["One seed does not say how much of a difference is chance."] * (len(seeds) == 1 < len(groups))
     return " ".join(texts)
+
+
+def _learnt_nothing(run: Run) -> bool:
+    return run.held and run.last_epoch > 0 and run.column("pixel_error").min() >= run.commonest_class_error
 
 
 def settings_table(groups: Settings) -> pd.DataFrame:

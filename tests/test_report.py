@@ -484,3 +484,10 @@ def test_a_record_makes_the_same_report_again(tmp_path):
     for name in ("report.md", "report.csv"):
         assert (folder / name).read_text() == (again / name).read_text()
     assert not [*record.glob("**/*.png")]
+    some = [sys.executable, ROOT / "scripts/record", "--unpack", record, tmp_path / "some"]
+    subprocess.run([*some, "*-seed2*"], check=True)
+    assert {path.name for path in (tmp_path / "some").iterdir()} == {run.name for run in again.glob("*-seed2*")}
+    for run in (tmp_path / "some").iterdir():
+        assert all(path.read_bytes() == (again / run.name / path.name).read_bytes() for path in run.iterdir())
+    none = subprocess.run([*some, "nothing-*"], capture_output=True, text=True)
+    assert none.returncode == 1 and f"no run nothing-* in {record}" in none.stderr

@@ -13,7 +13,6 @@ from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig  # noqa:
 from agcseg.data.streets import make_streets  # noqa: E402
 from hydra_plugins.hydra_gpus_launcher import _devices, _slots  # noqa: E402
 
-
 LONG = ("test_a_killed_sweep_goes_on_with_the_same_command", "test_on_the_fake_gpu", "test_in_the_interpreter")
 
 

@@ -13,13 +13,6 @@ from agcseg.config import Config, DataConfig, NetworkConfig, NormConfig  # noqa:
 from agcseg.data.streets import make_streets  # noqa: E402
 from hydra_plugins.hydra_gpus_launcher import _devices, _slots  # noqa: E402
 
-LONG = ("test_a_killed_sweep_goes_on_with_the_same_command", "test_on_the_fake_gpu", "test_in_the_interpreter")
-
-
-def pytest_collection_modifyitems(items):
-    """The longest first: begun last, one of them would keep a process busy while the others have nothing left."""
-    items.sort(key=lambda item: item.name.partition("[")[0] not in LONG)
-
 
 @pytest.fixture(scope="session")
 def streets(tmp_path_factory):

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Optional
 
 import torch
@@ -332,8 +332,21 @@ def _check_data(config: Config, expect: Callable) -> None:
                 pattern is None or share is not None or "{split}" in pattern,
                 f"data.folder.{key}={pattern}: must hold {{split}}; or give data.val_share for a single folder",
             )
+            fault = _fault_of_pattern(pattern or "{name}")
+            expect(not fault, f"data.folder.{key}={pattern}: {fault}")
         divisor = data.folder.instance_divisor
         expect(divisor is None or divisor > 1, f"data.folder.instance_divisor={divisor}: must be above 1, or null")
+
+
+def _fault_of_pattern(pattern: str) -> str:
+    plain, suffix = pattern.replace("{split}", "").replace("{name}", ""), PurePosixPath(pattern).suffix
+    if {*plain} & {*"{}"}:
+        return "only {split} and {name} can stand in braces; * takes any part of a name"
+    if pattern.startswith(("/", "~")):
+        return "must be a path below data.root"
+    if {*suffix} & {*"*{"}:
+        return "must end in a suffix such as .png; or, for every kind of picture, without a point before its end"
+    return ""
 
 
 def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:

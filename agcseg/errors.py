@@ -28,6 +28,18 @@ class FileError(UserError):
         super().__init__(f"{path}: {cause}" + f" ({detail})" * bool(detail) + f"; {advice}" * bool(advice))
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as a user gave it, its ~ resolved.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder") from None
+
+
 def by_cause(errors: Iterable[UserError]) -> list[str]:
     """One line for each cause: of many files that share one their number, `NAMED` names and what to do."""
     groups: dict[str, list] = {}

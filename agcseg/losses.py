@@ -63,8 +63,21 @@ def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | No
 
     Returns:
         (N,) loss per image. It has no second derivative.
+
+    Raises:
+        ValueError: labels or weights are of another shape, or labels no integers.
     """
+    _check_labels(logits, labels)
+    if class_weights is not None and class_weights.shape != logits.shape[1:2]:
+        raise ValueError(f"{logits.shape[1]} classes take as many weights; got {tuple(class_weights.shape)}")
     return _Loss.apply(logits, labels, class_weights)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if labels.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels are class numbers, integers; got {labels.dtype}")
 
 
 class _Loss(torch.autograd.Function):
@@ -78,7 +91,8 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, class_weights)
         classes, weights = _pixels(logits, labels, class_weights)
         loss = F.log_softmax(logits, 1, dtype=weights.dtype).gather(1, classes)
-        return -(loss * weights).sum((1, 2, 3))
+        loss = torch.where(weights > 0, loss * weights, 0)  # a pixel that does not count may have a loss of infinity
+        return -loss.sum((1, 2, 3))
 
     @staticmethod
     def backward(ctx, grad):
@@ -123,7 +137,15 @@ def contour_loss(logits: Tensor, contours: Tensor, labels: Tensor, kind: str = "
 
     Returns:
         (N,), in at least float32.
+
+    Raises:
+        ValueError: contours or labels are of another shape, labels no integers, or there is no such kind.
     """
+    _check_labels(logits, labels)
+    if contours.shape != labels.shape:
+        raise ValueError(f"contours of shape {tuple(contours.shape)} do not fit labels of {tuple(labels.shape)}")
+    if kind not in CONTOUR_LOSSES:
+        raise ValueError(f"contour loss {kind!r} is not one of {', '.join(CONTOUR_LOSSES)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     inside = (dilate(contours, band) & (labels != IGNORE)).unsqueeze(1)
     truth = contours.unsqueeze(1).to(logits.dtype)

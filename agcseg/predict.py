@@ -15,7 +15,7 @@ from torch import Tensor
 from agcseg.data.cache import resize_image
 from agcseg.data.labels import CITYSCAPES, IGNORE
 from agcseg.data.pictures import each, is_picture, left_out, list_files, open_picture, read_image
-from agcseg.errors import UserError
+from agcseg.errors import UserError, expanded
 from agcseg.record.files import write
 from agcseg.trained import Trained, logits, prediction, resized
 
@@ -39,7 +39,7 @@ def find_images(wanted: str, output: Path, say: Callable[[str], None] = print) -
     Raises:
         UserError: there is none, or two would get one name.
     """
-    base, output = Path(wanted).expanduser(), output.expanduser().resolve()
+    base, output = expanded(wanted), expanded(output).resolve()
     if base.is_file():
         return {base.stem: base}
     if base.is_dir():

@@ -14,7 +14,7 @@ from agcseg.config import Config, build_network
 from agcseg.data import LAYOUTS
 from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
-from agcseg.errors import UserError
+from agcseg.errors import UserError, expanded
 from agcseg.networks import Network
 from agcseg.record.checkpoint import load_checkpoint, weights_of
 
@@ -49,7 +49,7 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
         UserError: there is no checkpoint, it cannot be read, or this version of agcseg cannot do what it was trained
             for: another normalisation of images, another network.
     """
-    path = _checkpoint(Path(path).expanduser(), checkpoint)
+    path = _checkpoint(expanded(path), checkpoint)
     saved = load_checkpoint(path)
     missing = [key for key in ("config", "classes", "normalisation", "epoch") if saved.get(key) is None]
     if missing:
@@ -112,7 +112,7 @@ def start_from(
     Raises:
         UserError: there is no checkpoint, or it holds another network.
     """
-    path = _checkpoint(Path(path).expanduser())
+    path = _checkpoint(expanded(path))
     checkpoint = load_checkpoint(path)
     trained = ((checkpoint.get("config") or {}).get("norm") or {}).get("name")
     if norm and trained and norm != trained:

@@ -15,7 +15,7 @@ from agcseg.config import DataConfig
 from agcseg.data import NAMES, find_data, find_samples
 from agcseg.data.layout import Layout, Sample
 from agcseg.data.minibatches import choose
-from agcseg.errors import UserError
+from agcseg.errors import UserError, expanded
 from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
@@ -83,14 +83,14 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"resolution={keys['resolution']}: choose from training, full")
         if keys["data"] not in (None, *NAMES):
             raise UserError(f"data={keys['data']}: choose from {', '.join(NAMES)}")
-        if Path(keys["split"]).name != keys["split"] or keys["split"] == "..":
+        if Path(keys["split"]).name != keys["split"] or keys["split"] == ".." or {*keys["split"]} & {*"*{}"}:
             raise UserError(f"split={keys['split']}: must be the name of a folder, such as train, val or test")
         device = find_device(keys["device"])
         trained = agcseg.load(run, keys["checkpoint"])
         trained.network.to(device)
         data, layout, root, known_as = _data(trained, keys)
         samples = _samples(trained, data, layout, root, keys)
-        base = Path(keys["output"] or trained.path.parent).expanduser()
+        base = expanded(keys["output"] or trained.path.parent)
         base.mkdir(parents=True, exist_ok=True)  # first: nobody should wait for figures that cannot be written
         if not os.access(base, os.W_OK):
             raise UserError(f"{base}: cannot be written; give another folder with output=")
@@ -131,7 +131,7 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
         data = replace(DataConfig(keys["data"], train_images=None, val_images=None), cache_dir=own.cache_dir)
     its = _found(own.root, trained.path) if data is own and own.root else None
     where = {key: keys[f"data.folder.{key}"] or getattr(data.folder, key) for key in FOLDER}
-    given = Path(keys["data.root"]).expanduser().resolve() if keys["data.root"] else its
+    given = expanded(keys["data.root"]).resolve() if keys["data.root"] else its
     data = replace(
         data,
         root=None if given is None else str(given),
@@ -144,12 +144,15 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
     elsewhere = keys["data"] in (None, own.name) and (its is None or its.exists())  # else it may have moved
     if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
         return data, layout, root, data.name
+    if elsewhere:  # other data, of which the run chose no part
+        share = data.val_share if data.name == "folder" and "{split}" not in data.folder.images else None
+        data = replace(data, train_images=None, val_images=None, val_share=share)
     return data, layout, root, f"{data.name}-{root.name}"
 
 
 def _found(path: str, run: Path) -> Path:
     """A path of a run's configuration: relative ones are so to where it started, the folder above outputs/NAME/RUN."""
-    path, above = Path(path).expanduser(), list(run.resolve().parents)
+    path, above = expanded(path), list(run.resolve().parents)
     bases = above[3:] + above[:3]  # outputs last: the runs in outputs/camvid are not the data in camvid
     return next((base / path for base in bases if (base / path).exists()), path).resolve()
 
@@ -170,7 +173,7 @@ def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:
     if any(keys[key] for key in ("data", "data.root", "images")) or keys["split"] != "val":
         return ""
     if table.is_file():
-        with open(table, newline="") as file:
+        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             its = [row["image"] for row in csv.DictReader(file)]
         gone, new = len({*its} - {*names}), len({*names} - {*its})
         if gone or new:

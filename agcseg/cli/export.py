@@ -2,11 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 
 import agcseg
 from agcseg.cli import parse_run, program, show
-from agcseg.errors import UserError
+from agcseg.errors import UserError, expanded
 from agcseg.export import FORMATS, TOLERANCE, UNDECIDED, check_format, differences, export
 from agcseg.record.files import write
 
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     format = keys["format"]
     check_format(format)
     trained = agcseg.load(run, keys["checkpoint"])
-    output = Path(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}")).expanduser()
+    output = expanded(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}"))
     if output.suffix != FORMATS[format]:
         raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
     there = next(folder for folder in output.absolute().parents if folder.exists())

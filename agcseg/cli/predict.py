@@ -1,14 +1,13 @@
 """The program agcseg-predict."""
 
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 import agcseg
 from agcseg.cli import parse_run, program, show
 from agcseg.data.labels import CITYSCAPES
-from agcseg.errors import UserError, by_cause
+from agcseg.errors import UserError, by_cause, expanded
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
 from agcseg.training.machine import find_device, out_of_memory, settings
 
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         for key in ("input", "output"):
             if not keys[key]:
                 raise UserError(f"{key}= is missing; for example: agcseg-predict RUN input=photo.jpg output=predicted")
-        output = Path(keys["output"]).expanduser()
+        output = expanded(keys["output"])
         images = find_images(keys["input"], output, show)
         device = find_device(keys["device"])
         trained = agcseg.load(run, keys["checkpoint"])

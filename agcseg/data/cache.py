@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import filelock
 import numpy as np
 from PIL import Image
 
 from agcseg.data.labels import IGNORE
-from agcseg.data.layout import Layout, Sample, load
+from agcseg.data.layout import Layout, Sample, load, mixed
 from agcseg.data.pictures import each
 from agcseg.errors import FileError, UserError, by_cause
 
@@ -126,13 +127,21 @@ def _opened(folder: Path, samples: list[Sample], size: tuple[int, int]) -> "Cach
         # copy-on-write, so that torch sees a writable array and nobody can change the file
         maps = [np.load(folder / f"{part}.npy", mmap_mode="c") for part in PARTS]
         images, labels, contours = maps
-        cached = Cached(folder, images, labels, contours, index["names"], index["digests"])
+        cached = Cached(folder, images, labels, contours, [*index["names"]], [[*pair] for pair in index["digests"]])
     except PermissionError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # NumPy's and JSON's ways to say so
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        BadZipFile,
+    ) as error:  # NumPy's and JSON's ways to say so
         return str(error).splitlines()[0]
     n = len(samples)
-    if [part.shape for part in maps] != [(n, 3, *size), (n, *size), (n, *size)] or len(cached.digests) != n:
+    kinds = [("u1", (n, 3, *size)), ("u1", (n, *size)), ("u1", (n, *size))]
+    if [(part.dtype, part.shape) for part in maps] != kinds or len(cached.digests) != n:
         return "its files are of another size"
     return cached if cached.names == [sample.name for sample in samples] else "it has other names"
 
@@ -174,12 +183,12 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 def _say_older(folder: Path, say: Callable[[str], None]) -> None:
     """Name the caches of the same folder of data, split and size, which nothing may need any more."""
-    source, older = (folder / "source.txt").read_text(), []
+    source, older = (folder / "source.txt").read_bytes(), []
     for other in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/source.txt")):
-        if other.parent != folder and other.read_text() == source:
+        if other.parent != folder and other.read_bytes() == source:
             older.append(str(other.parent))
     if older:
-        say(f"older caches of {source}, to be deleted unless something needs them: {', '.join(older)}")
+        say(f"older caches of {os.fsdecode(source)}, to be deleted unless something needs them: {', '.join(older)}")
 
 
 def not_writable(error: OSError, cache_dir: Path) -> UserError:
@@ -238,7 +247,8 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             os.utime(temporary)  # a sign of life, see `locked`
             return None
 
-        problems = [error for error in progress(each(convert, range(len(samples))), len(samples)) if error]
+        problems: list[UserError] = [*mixed(samples, layout.classes)]
+        problems += [error for error in progress(each(convert, range(len(samples))), len(samples)) if error]
         if problems:
             lines = [f"{len(problems)} of {len(samples)} samples cannot be used:", *by_cause(problems)]
             raise UserError("\n  ".join(lines))
@@ -246,7 +256,9 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             written.flush()
         index = {"names": [sample.name for sample in samples], "digests": found}
         (temporary / "index.json").write_text(json.dumps(index))
-        (temporary / "source.txt").write_text(os.path.commonpath([s.image.parent.resolve() for s in samples]))
+        (temporary / "source.txt").write_bytes(
+            os.fsencode(os.path.commonpath([s.image.parent.resolve() for s in samples]))
+        )
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -11,9 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agcseg.data.labels import IGNORE, TABLES, UNKNOWN, Classes, Color, packed, some_color, unpacked
-from agcseg.data.layout import Layout, scan
+from agcseg.data.layout import Layout, fixed, scan
 from agcseg.data.pictures import each, numbers_of, open_picture
-from agcseg.errors import FileError, UserError, by_cause
+from agcseg.errors import FileError, UserError, by_cause, expanded
 
 MANY = UNKNOWN  # classes that numbers of 8 bits can tell apart
 ENTRY = {"name", "color", "colors", "numbers"}
@@ -33,25 +33,37 @@ def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layou
     Raises:
         UserError: there is no file of classes, or it does not say what they are.
     """
-    tree = "\n".join(f"{{root}}/{part}" for part in (patterns.images, patterns.labels, patterns.instances) if part)
+    images, labels = str(PurePosixPath(patterns.images)), str(PurePosixPath(patterns.labels))
+    instances = patterns.instances and str(PurePosixPath(patterns.instances))
+    splits = {"train": patterns.train, "val": patterns.val}
+    if instances == type(patterns).instances and not any(
+        (root / fixed(instances, split)).is_dir() for split in splits.values()
+    ):
+        instances = None  # nobody spoke of any
+    if "trainids" in labels.lower() and patterns.classes == "cityscapes":
+        raise UserError(
+            f"data.folder.labels={labels}: data.folder.classes=cityscapes are the numbers of labelIds; for trainIds "
+            "name the 19 classes, 0 to 18, in a file, with 255 as void"
+        )
+    tree = "\n".join(f"{{root}}/{part}" for part in (images, labels, instances) if part)
     tree = tree.replace("{split}", "SPLIT").replace("{name}", "NAME").replace("**/", "")
     return Layout(
         name="folder",
         title=root.absolute().name,
         classes=classes or read_classes(root, patterns.classes),
-        images=patterns.images,
-        labels=patterns.labels,
-        instances=patterns.instances,
+        images=images,
+        labels=labels,
+        instances=instances,
         tree=f"{tree}\nas data.folder.images, .labels and .instances say; SPLIT is {patterns.train} or {patterns.val}",
         source="your own",
-        splits={"train": patterns.train, "val": patterns.val},
+        splits=splits,
         instance_divisor=patterns.instance_divisor,
     )
 
 
 def classes_file(root: Path, name: str) -> Path:
     """Where `data.folder.classes` lies: in the data's folder or, if there is none, where the program was started."""
-    inside = root / Path(name).expanduser()
+    inside = root / expanded(name)
     return inside if inside.exists() or not Path(name).exists() else Path(name)
 
 
@@ -73,7 +85,7 @@ def read_classes(root: Path, name: str) -> Classes:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
     return _classes(path, content)
 
@@ -100,6 +112,8 @@ def _classes(path: Path, content) -> Classes:
             )
         numbers = entry.get("numbers", number)
         given = entry.get("colors") or []
+        if not isinstance(given, list):
+            refuse(f"{what}: colors: {given}: expected a list of [red, green, blue]")
         given = [entry["color"], *given] if entry.get("color") is not None else given
         for one in numbers if isinstance(numbers, list) else [numbers]:
             if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**31:
@@ -108,7 +122,9 @@ def _classes(path: Path, content) -> Classes:
                 refuse(f"{what}: number {one} is that of {_meaning(from_file[one], names)} already")
             from_file[one] = meaning
         for color in given:
-            if not (isinstance(color, list) and len(color) == 3 and all(c in range(256) for c in color)):
+            if not (
+                isinstance(color, list) and len(color) == 3 and all(type(c) is int and 0 <= c < 256 for c in color)
+            ):
                 refuse(f"{what}: color {color}: expected [red, green, blue], 0 to 255")
             if tuple(color) in from_color:
                 refuse(f"{what}: colour {color} is that of {_meaning(from_color[tuple(color)], names)} already")
@@ -130,6 +146,8 @@ def _classes(path: Path, content) -> Classes:
         take(content.get("void") or {}, "void", IGNORE, [])
     else:
         refuse("void: expected numbers: [...] or colors: [...]")
+    if len(names) == 1:
+        refuse("names one class only, so there is nothing to tell apart; give what is not of it a class too")
     return Classes(tuple(names), tuple(colors), from_file, from_color)
 
 
@@ -182,7 +200,12 @@ def draft(layout: Layout, root: Path, splits: Iterable[str], progress: Callable 
         seen[colored].files.update(values)
         for value in values:
             if value < len(palette):
-                seen[colored].colors.setdefault(value, tuple(palette[value].tolist()))
+                color = tuple(palette[value].tolist())
+                if (other := seen[colored].colors.setdefault(value, color)) != color:
+                    raise UserError(
+                        f"{path}: {value} is {color} in its palette, and {other} in that of another label file, so the "
+                        "numbers alone mean nothing; store all as RGB, or all with one palette"
+                    )
     if broken:
         raise UserError("\n  ".join(["these label files cannot be read:", *by_cause(broken)]))
     if len(example) == 2:
@@ -198,7 +221,7 @@ def draft(layout: Layout, root: Path, splits: Iterable[str], progress: Callable 
 
 def _drafted(root: Path, files: int, seen: _Seen, colored: bool) -> str:
     total, values = seen.pixels.total(), sorted(seen.pixels)
-    void = [255] if not colored and 255 in values and len(values) > 1 else []
+    void = [255] if not colored and 255 in values and len(values) > 2 else []  # two are 0 and 255: black and white
     lines = [
         f"# The classes of {root.absolute()}, drafted from {files} label files.",
         "# Name them; take out what is no class, and put what is to be ignored under void. The order of the classes is",

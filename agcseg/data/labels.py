@@ -30,11 +30,11 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
-    def lookup(self, size: int = 256) -> np.ndarray:
-        """Table of `size` uint8: `lookup()[label_file_array]` gives class numbers, `IGNORE` or `UNKNOWN`."""
-        table = np.full(size, UNKNOWN, dtype=np.uint8)
+    def lookup(self) -> np.ndarray:
+        """Table of 256 uint8: `lookup()[label_file_array]` gives class numbers, `IGNORE` or `UNKNOWN`."""
+        table = np.full(256, UNKNOWN, dtype=np.uint8)
         for number, train_id in self.from_file.items():
-            if number < size:
+            if number < 256:
                 table[number] = train_id
         return table
 
@@ -55,9 +55,12 @@ class Classes:
             return self._of_colors[packed(stored)]
         if stored.dtype == np.uint8:
             return self.lookup()[stored]
-        table = self.lookup(2 + max(self.from_file, default=0))  # its last entry is unknown
-        inside = (stored >= 0) & (stored < len(table))
-        return table[np.where(inside, stored, len(table) - 1)]
+        known = np.array(sorted(self.from_file), dtype=np.int64)  # they may be far apart
+        if not len(known):
+            return np.full(stored.shape, UNKNOWN, dtype=np.uint8)
+        at = np.searchsorted(known, stored).clip(max=len(known) - 1)
+        meaning = np.array([self.from_file[number] for number in known.tolist()], dtype=np.uint8)
+        return np.where(known[at] == stored, meaning[at], np.uint8(UNKNOWN))
 
     def palette(self) -> np.ndarray:
         """Table of 256 colours, (256, 3) uint8; everything that is not a class is black."""

@@ -1,6 +1,7 @@
 """Where the files of a data set lie, as patterns; listing, reading and checking them."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -9,7 +10,16 @@ import numpy as np
 from PIL import Image
 
 from agcseg.data.labels import IGNORE, UNKNOWN, Classes, packed, unpacked
-from agcseg.data.pictures import each, is_picture, left_out, list_files, read_image, read_numbers
+from agcseg.data.pictures import (
+    each,
+    is_picture,
+    left_out,
+    list_files,
+    numbers_of,
+    open_picture,
+    read_image,
+    read_numbers,
+)
 from agcseg.errors import FileError, UserError, by_cause
 
 SPLITS = ("train", "val")
@@ -102,7 +112,7 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
             found[what], twice, others = _find(root, pattern, whole)
             problems += twice
             unused += others if what == "images" else []
-        elif what != "instances":
+        else:
             hint = _elsewhere(root, pattern) or _without_splits(layout, root) * (what == "images")
             problems.append(UserError(f"{folder}: no such folder{comes.get(what, '')}{hint}"))
     if not {"images", "labels"} <= found.keys():
@@ -237,6 +247,43 @@ def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
     )
 
 
+def fixed(pattern: str, split: str) -> str:
+    """The folders of a pattern before anything but the split is left open."""
+    return _fixed(pattern.replace("{split}", split))
+
+
+def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
+    """Label files that are stored in another way than most: numbers beside colours, or 1 bit beside 8.
+
+    Programs that make PNGs smaller do this to single files; such a file decodes well, and means something else. What
+    cannot be used at all is passed over: whoever decodes it says more.
+    """
+    kinds: dict[str, list[Path]] = {}
+
+    def kind(path: Path) -> str:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+                mode = picture.mode
+        except Exception:  # see above
+            return ""
+        if mode in ("RGB", "RGBA") or (mode == "P" and not classes.from_file):
+            return "colours" if classes.from_color else ""
+        return "numbers of 1 bit" if mode == "1" else "numbers"
+
+    paths = [sample.label for sample in samples]
+    for path, its in zip(paths, each(kind, paths), strict=True):
+        kinds.setdefault(its, []).append(path)
+    kinds.pop("", None)
+    usual = max(kinds, key=lambda its: len(kinds[its]), default="")
+    advice = "store all label files in one way"
+    return [
+        FileError(path, f"holds {its}, where most label files hold {usual}", advice=advice)
+        for its, some in kinds.items()
+        for path in some
+        if its != usual
+    ]
+
+
 def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """Decode one sample completely.
 
@@ -256,7 +303,8 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
             f"{size[0]}x{size[1]}, expected {layout.image_size[0]}x{layout.image_size[1]}",
             advice=f"{layout.title} as it is distributed is wanted; resized files can be read by data=folder",
         )
-    stored = read_numbers(sample.label, colors=not layout.classes.from_file)
+    picture = open_picture(sample.label, lossless=True)
+    stored = numbers_of(sample.label, picture, colors=not layout.classes.from_file)
     _check_size(sample.label, stored, size)
     if stored.ndim == 3 and not layout.classes.from_color:
         cause = "mode RGB, expected one 8-bit channel of label ids (is this the colour picture?)"
@@ -266,6 +314,8 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
         kind = "colours" if stored.ndim == 3 else "numbers"
         cause = f"holds {kind} that are no labels of {layout.title}"
         raise FileError(sample.label, cause, counted(stored[labels == UNKNOWN]))
+    if stored.ndim == 2 and picture.mode == "P" and layout.classes.from_color:
+        _check_palette(sample.label, stored, picture, layout.classes)
     if sample.instance is None:
         return image, labels, labels
     instances = read_numbers(sample.instance)
@@ -275,6 +325,23 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
     if layout.instance_divisor and stored.ndim == 2:
         _check_instances(sample, stored, sample.instance, instances, layout, layout.instance_divisor)
     return image, labels, instances
+
+
+def _check_palette(path: Path, stored: np.ndarray, picture: Image.Image, classes: Classes) -> None:
+    """Numbers and palette agree, unless the palette has colours that are no class's: then it says nothing."""
+    palette = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
+    used = np.unique(stored)
+    used = used[used < len(palette)]
+    meant, painted = classes.translate(used[None])[0], classes.translate(palette[used][None])[0]
+    used, painted, meant = (part[meant != IGNORE] for part in (used, painted, meant))
+    if (painted != UNKNOWN).all() and (painted != meant).any():
+        at = used[painted != meant][0]
+        raise FileError(
+            path,
+            "its palette contradicts its numbers",
+            f"{at} is {classes.names[classes.from_file[int(at)]]}, and {palette[at].tolist()} another class's colour",
+            "where the colours are right, store it as RGB; where the numbers are, without a palette",
+        )
 
 
 def _check_instances(
@@ -317,7 +384,8 @@ def check(
         except UserError as error:
             return error
 
-    problems, pixels = [], np.zeros(256, dtype=np.int64)
+    problems: list[UserError] = [*mixed(samples, layout.classes)]
+    pixels = np.zeros(256, dtype=np.int64)
     for found in progress(each(looked_at, samples)):
         if isinstance(found, UserError):
             problems.append(found)

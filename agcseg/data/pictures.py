@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from agcseg.errors import FileError, UserError
 
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # formats that Pillow knows, but cannot decode by itself
-LOSSY = {"JPEG", "MPO"}
+LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF"}  # or may be
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
     """A whole picture, turned upright as its EXIF says, its checksums verified.
 
     Args:
-        lossless: refuse what is stored as JPEG.
+        lossless: refuse what is stored with losses, or may be.
 
     Raises:
         UserError: it is missing, damaged, not a picture, or larger than Pillow's limit; it names the file.
@@ -96,9 +96,10 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
         fault = " ".join(str(error).replace(repr(io.BytesIO())[:20], "").split()) or type(error).__name__
         fault = "no known format" if isinstance(error, Image.UnidentifiedImageError) else fault
         raise FileError(path, "cannot be decoded, truncated or not an image", fault) from None
-    if lossless and kind in LOSSY:
-        advice = "store labels and instances as PNG"
-        raise FileError(path, f"is a {kind}, which changes the numbers in it", advice=advice)
+    inside = {"TIFF": picture.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"), "WEBP": b"VP8L" not in content}
+    if lossless and (kind in LOSSY or inside.get(kind or "")):
+        fault = f"is a {kind}{' with losses' * (kind in inside)}, which changes the numbers in it"
+        raise FileError(path, fault, advice="store labels and instances as PNG")
     return picture
 
 
@@ -125,7 +126,7 @@ def read_numbers(path: Path, colors: bool = False) -> np.ndarray:
         colors: of a picture with a palette give the colours, not the indices.
 
     Raises:
-        UserError: see `open_picture`; it is a JPEG; or it has another mode, such as floating point.
+        UserError: see `open_picture`; it is stored with losses; or it has another mode, such as floating point.
     """
     return numbers_of(path, open_picture(path, lossless=True), colors)
 

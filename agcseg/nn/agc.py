@@ -26,7 +26,7 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
         (N, C, H, W) in the dtype of `input`. Half-precision inputs are reduced and scaled in float32.
 
     Raises:
-        ValueError: `input` is not 4-dimensional, or its channels are not those of the parameters.
+        ValueError: `input` is not 4-dimensional, not of real numbers, or its channels are not those of the parameters.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(agc, (input,), input, weight, bias, mean_scale)
@@ -57,6 +57,8 @@ def runs_eagerly() -> bool:
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None, mean_scale: Tensor | None = None) -> None:
     if input.dim() != 4:
         raise ValueError(f"agc takes maps of shape (N, C, H, W); got {_shape(input)}")
+    if not input.is_floating_point():
+        raise ValueError(f"agc takes maps of real numbers; got {input.dtype}")
     if input.size(1) != weight.numel():
         raise ValueError(f"agc was made for {weight.numel()} channels; the input is {_shape(input)}")
     for vector in (bias, mean_scale):

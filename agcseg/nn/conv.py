@@ -34,7 +34,7 @@ class ConvUnit(nn.Module):
             the same; only the literal form has second derivatives.
 
     Raises:
-        ValueError: `implementation` is neither.
+        ValueError: `implementation` is neither, or `kernel_size` not odd.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class ConvUnit(nn.Module):
         self.norm: Any
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        if not isinstance(kernel_size, int) or kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size={kernel_size!r} must be one odd number")
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm is None)
         self.norm = norm(out_channels) if norm else nn.Identity()
         self.identity = identity
@@ -101,7 +103,7 @@ class ConvUnit(nn.Module):
             (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`; with `sum_up` sums of
             the maps too, or None.
         """
-        if self.is_fast and (stem is None or stem.is_fast):
+        if self.is_fast and (stem is None or (stem.is_fast and not has_hooks(stem))):
             front = stem.agc_parameters if stem else None
             return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=front, sum_up=sum_up, sums=sums)
         maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)

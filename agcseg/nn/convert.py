@@ -195,10 +195,9 @@ def _pair(name: str, layers: dict[str, nn.Module], findings: Findings) -> None:
         path, other = names[conv].split("."), name.split(".")
         common = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), 0)
         passed = (*_below(path[:-1], common), *_below(other, common))
-        conv.__class__, conv.watched = (
-            paired(unpaired(type(conv))),
-            tuple(layers[name] for name in passed if name in layers),
-        )
+        conv.__class__ = paired(unpaired(type(conv)))
+        seen = (layers[name] for name in passed if name in layers)
+        conv.watched = (*conv.watched, *seen, *findings.skipped.get(layers[name], ()))  # of its other AGCs too
 
 
 def _below(path: list[str], common: int) -> list[str]:

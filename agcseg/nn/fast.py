@@ -146,6 +146,8 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
     for x in inputs:
         if x.dim() != 4:
             raise ValueError(f"agc_unit takes maps of shape (N, C, H, W); got {[tuple(x.shape) for x in inputs]}")
+        if not x.is_floating_point():
+            raise ValueError(f"agc_unit takes maps of real numbers, such as float32; got {x.dtype}")
     first, *others = inputs
     if others:
         mixed = len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(first.device.type)
@@ -159,6 +161,7 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
         raise ValueError(f"winners are uint8 or int64 and of the maps' shape {tuple(first.shape)}; got {got}")
     if (
         unpool.dtype == torch.int64
+        and type(unpool) is Tensor  # not a fake one, which has no values
         and unpool.device.type == "cpu"
         and not (torch.compiler.is_compiling() or transformed())
     ):
@@ -319,6 +322,13 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
     Raises:
         ValueError: as `agc`.
     """
+    if torch.jit.is_scripting():
+        return F.relu(agc(input, weight, bias, mean_scale))
+    return _eager_agc_relu(input, weight, bias, mean_scale)
+
+
+@torch.jit.ignore
+def _eager_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     if has_torch_function_unary(input):
         return handle_torch_function(agc_relu, (input,), input, weight, bias, mean_scale)
     _check(input, weight, bias, mean_scale)

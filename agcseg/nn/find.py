@@ -25,6 +25,7 @@ class Findings:
 
     Attributes:
         sources: layer -> what stands in front of it: modules, or the names of functions.
+        skipped: layer -> the identities between it and these.
         alone: convolutions that nothing but one such layer reads, wherever they were seen.
         two_dimensional: layers behind a two-dimensional one, with nothing between that changes the dimensions.
         points: layers whose maps are 1x1.
@@ -32,6 +33,7 @@ class Findings:
     """
 
     sources: dict[nn.Module, list[nn.Module | str]] = field(default_factory=dict)
+    skipped: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     alone: dict[nn.Module, bool] = field(default_factory=dict)
     two_dimensional: set[nn.Module] = field(default_factory=set)
     points: set[nn.Module] = field(default_factory=set)
@@ -144,7 +146,8 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], layers: list[nn.Module
         if module not in layers:
             continue
         source = _input(node)
-        while source is not None and type(called(source)) is nn.Identity:
+        while source is not None and type(skipped := called(source)) is nn.Identity:
+            findings.skipped.setdefault(module, []).append(skipped)
             source = _input(source)
         seen = findings.sources.setdefault(module, [])
         name = called(source) or _name(source)

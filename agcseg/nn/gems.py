@@ -15,6 +15,7 @@ less the older it is, the first like any other, and A/P is the share of a window
 step in which a filter is silent counts there as what it is, one with no active point; its own factor is 1.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,37 +136,38 @@ class _Counter:
 
     def __init__(self, gems: GEMS, name: str) -> None:
         self.gems, self.name = gems, name
-        self.scale: dict[str, Tensor] = {}  # of the forward in progress, until its backward
+        self.scale: dict[str, Tensor] = {}  # of the last call of the convolution: each has its own, for its backward
 
-    def count(self, gate: Tensor, dtype: torch.dtype) -> None:
+    def count(self, gate: Tensor, dtype: torch.dtype, scale: dict[str, Tensor]) -> None:
         gems, each = self.gems, gate.flatten(2).sum(2)  # (N, C)
         positions = gate.shape[2:].numel()
         counted = (each > 0).sum(0) if gems.mode == "sample" else each.sum(0)
         gems.active[self.name] += counted
         gems.points[self.name] += len(gate) * (1 if gems.mode == "sample" else positions)
         if gems.mode == "map":
-            factor = self.scale["of maps"] = gems._factor(each, positions).to(dtype)[:, :, None, None]
+            factor = scale["of maps"] = gems._factor(each, positions).to(dtype)[:, :, None, None]
             gems.factors[self.name] = factor.mean((0, 2, 3))
 
-    def returning(self, error: Tensor) -> Tensor | None:
+    def returning(self, scale: dict[str, Tensor], error: Tensor) -> Tensor | None:
         if self.gems.gate == "grad":
-            self.count(error != 0, error.dtype)
-        return error * self.scale["of maps"] if self.gems.mode == "map" else None
+            self.count(error != 0, error.dtype, scale)
+        return error * scale["of maps"] if self.gems.mode == "map" else None
 
     def passing(self, norm: Any, inputs: tuple, maps: Tensor) -> Tensor:
         if not (norm.training and maps.requires_grad):
             return maps
         if self.gems.gate == "relu":
             threshold = norm.threshold.view(1, -1, 1, 1) if hasattr(norm, "threshold") else 0
-            self.count(maps.detach() > threshold, maps.dtype)
+            self.count(maps.detach() > threshold, maps.dtype, self.scale)
         if self.gems.gate == "grad" or self.gems.mode == "map":
             maps = maps.clone()  # on a view (instance norm's) the hook may be lost
-            maps.register_hook(self.returning)
+            maps.register_hook(partial(self.returning, self.scale))
         return maps
 
     def rewire(self, conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
         if not (conv.training and torch.is_grad_enabled()):
             return maps
+        self.scale = {}
         return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, self.scale)
 
 

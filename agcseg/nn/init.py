@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from agcseg.errors import UserError
 from agcseg.nn.conv import ConvUnit
@@ -31,8 +32,12 @@ def initialise(network: nn.Module, init: str = "he") -> None:
     gain = math.sqrt(2 / (1 - 1 / math.pi)) if init == "he_centered" else math.sqrt(2)
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there torch would load much to do nothing
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
+            with torch.no_grad():
+                weight = torch.empty_like(module.weight).normal_(std=gain / math.sqrt(module.weight[0].numel()))
+                if is_parametrized(module, "weight"):  # what is read is made anew each time
+                    module.weight = weight
+                else:
+                    module.weight.copy_(weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if init == "identity":

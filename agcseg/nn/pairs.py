@@ -14,7 +14,7 @@ reader hides from torch what it reads) an error says so.
 """
 
 from functools import cache
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,10 @@ class Deferred(Tensor):
         args, kwargs = tree_map_only(Deferred, Deferred._materialise, (args, kwargs))
         return func(*args, **kwargs)
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        _lost()  # nothing that torch's functions see comes here
+
     def _fits(self, parameters) -> bool:
         """Whether `agc` may run in one step with the convolution: nothing has happened in between."""
         input, filters, _, _ = self._call
@@ -173,10 +177,10 @@ class Deferred(Tensor):
         return self._maps
 
 
-def _lost(grad: Tensor) -> None:
+def _lost(grad: Tensor | None = None) -> NoReturn:
     raise RuntimeError(
-        "a gradient arrived at the output of a convolution that runs in one step with the AGC behind it: something "
-        "else read it, within an autograd.Function. convert_batchnorm(model, fuse=False)"
+        "the output of a convolution that runs in one step with the AGC behind it was read by something else, in a way "
+        "that hides it: a transform of torch.func, an autograd.Function, ... : convert_batchnorm(model, fuse=False)"
     )
 
 

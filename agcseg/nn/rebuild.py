@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from agcseg.errors import UserError
 from agcseg.nn.agc import transformed
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.pairs import has_hooks
 
 
 class Cost(NamedTuple):
@@ -96,11 +97,11 @@ class _Kept:
 def rebuilding(chosen: Collection[nn.Module]) -> Iterator[Callable]:
     """A function that calls a unit with given arguments, and does not keep its output if it is one of those chosen.
 
-    Units must give the same whenever they are called with the same. Whatever else runs within keeps what it does, and
-    saved-tensor hooks around it still see that.
+    Units of which that is not known (hooked, noisy, exchanged) keep theirs after all. Whatever else runs within keeps
+    what it does, and saved-tensor hooks around it still see that.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    keep, give = hooks if hooks else (_held, lambda tensor: tensor)
+    keep, give = hooks if hooks else (_held, _unchanged)
     outputs: dict[int, _Output] = {}  # by address, while they live
     own: list[_Kept] | None = None  # of the unit that runs
 
@@ -127,7 +128,7 @@ def rebuilding(chosen: Collection[nn.Module]) -> Iterator[Callable]:
 
     def run(unit, *arguments, **options):
         nonlocal own
-        if unit not in chosen:
+        if unit not in chosen or not _is_steady(unit):
             return unit(*arguments, **options)
         own = []
         result = unit(*arguments, **options)
@@ -162,9 +163,29 @@ def _again(unit: nn.Module, device: str, arguments, options) -> Callable[[], Ten
     return call
 
 
-def _held(tensor: Tensor) -> Tensor:
+def _is_steady(unit: nn.Module) -> bool:
+    """Whether the unit gives the same whenever it is called with the same, and nobody sees that it is called twice."""
+    return isinstance(unit, ConvUnit) and unit.is_fast and not has_hooks(unit) and not unit.conv.weight.is_meta
+
+
+def _held(tensor: Tensor) -> tuple[Tensor, int | None]:
     """For a node to keep. Its own output would keep the node: memory that no one frees if backward never comes."""
-    return tensor if tensor.is_leaf else tensor.detach()
+    return tensor if tensor.is_leaf else tensor.detach(), _version(tensor)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _unchanged(held: tuple[Tensor, int | None]) -> Tensor:
+    """What torch sees to where it keeps tensors itself."""
+    tensor, version = held
+    if _version(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(tensor.shape)} of a network that computes units again in backward"
+        )
+    return tensor
 
 
 def _address(tensor: Tensor) -> int:

@@ -78,6 +78,8 @@ def _forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
     z = _convolve(maps, filters, gain, geometry)
     del maps
     z = z.contiguous(memory_format=_layout(inputs, filters))
+    if pool and z.is_cpu and not gain.all():
+        z.add_(0.0)  # γ = 0 leaves 0 and -0, of which the first must win
     output, winners, mean = passes.activate(z, bias, mean_scale, pool=pool)
     return output, *(z.new_empty(0) if t is None else t for t in (winners, mean, stem_mean, None, None, None))
 

@@ -20,6 +20,7 @@ from agcseg.data.folder import read_classes
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN, Classes
 from agcseg.data.layout import check as check_samples
 from agcseg.data.layout import list_samples, scan
+from agcseg.data.pictures import read_numbers, suffixes
 from agcseg.errors import UserError
 from agcseg.export import metadata
 from agcseg.trained import start_from
@@ -128,6 +129,27 @@ def test_other_trees(tmp_path, images, labels, folder):
         assert stems[i] in str(sample.image) and stems[i] in str(sample.label)
 
 
+def test_frames_of_one_name_in_several_folders(tmp_path):
+    """Frames are numbered anew in each film; where nobody has instances their pattern does not matter."""
+    root = tmp_path / "data"
+    for film in "ab":
+        write_folder(root, images=f"images/{{}}/{film}/{{}}.jpg", labels=f"labels/{{}}/{film}/{{}}.png")
+    data = data_of(root, folder=FolderConfig("images/{split}/*/{name}.jpg", "./labels/{split}//*/{name}.png"))
+    listing = scan(*find_data(data), "train")
+    assert not listing.problems and len(listing.samples) == 12
+    assert all(sample.image.parent.name == sample.label.parent.name for sample in listing.samples)
+
+
+def test_instances_that_were_asked_for_are_missed(tmp_path):
+    root = write_folder(tmp_path / "data")
+    folder = FolderConfig(instances="instnaces/{split}/{name}.png")
+    assert "instnaces/train: no such folder" in str(scan(*find_data(data_of(root, folder=folder)), "train").problems[0])
+    shutil.copytree(root / "labels/val", root / "instances/val")
+    assert "instances/train: no such folder" in str(scan(*find_data(data_of(root)), "train").problems[0])
+    assert not scan(*find_data(data_of(root)), "val").problems
+    assert not scan(*find_data(data_of(root, folder=FolderConfig(instances=None))), "train").problems
+
+
 def test_splits_of_other_names_and_a_share_for_validation(tmp_path):
     root = write_folder(tmp_path / "data", train=10)
     (root / "images/train").rename(root / "images/training")
@@ -157,6 +179,8 @@ def test_classes_file(tmp_path):
     assert classes.from_color == {(1, 2, 3): 0, (4, 5, 6): 0}
     deep = np.array([[4, 300, 7], [0, 255, 9], [65000, 301, 299]], np.uint16)
     assert classes.translate(deep).tolist() == [[0, 0, 1], [IGNORE, IGNORE, UNKNOWN], [UNKNOWN] * 3]
+    far = Classes(("a",), ((0, 0, 0),), {0: 0, 2**31 - 1: IGNORE})
+    assert far.translate(np.array([[0, 1, 2**31 - 1, -1]], np.int32)).tolist() == [[0, UNKNOWN, IGNORE, UNKNOWN]]
     (tmp_path / "names.yaml").write_text("classes: [a, b]")
     assert read_classes(tmp_path, "names.yaml").from_file == {0: 0, 1: 1}
     assert read_classes(tmp_path, "cityscapes") == CITYSCAPES and read_classes(tmp_path, "camvid") == CAMVID
@@ -184,6 +208,10 @@ def test_classes_file(tmp_path):
         ("classes:\n- {name: a, color: [1, 2]}", r"a: color \[1, 2\]: expected \[red, green, blue\], 0 to 255"),
         ("classes:\n- {name: a, color: [1, 2, 256]}", "expected .red, green, blue."),
         ("classes:\n- {name: a, color: [1, 2, 3]}\n- {name: b, color: [1, 2, 3]}", "b: colour .* is that of a already"),
+        ("classes: [a]", "names one class only, so there is nothing to tell apart"),
+        ("classes:\n- {name: a, colors: 5}", "a: colors: 5: expected a list of .red, green, blue."),
+        ("classes:\n- {name: a, color: [1, 2, 3.0]}", "expected .red, green, blue."),
+        ("classes: &a [*a]", "is no YAML"),
         ("classes: [a]\nvoid: [255]", r"void: expected numbers: \[...\] or colors"),
         (f"classes: {list(map(str, range(255)))}", "names 255 classes; there can be 254"),
     ],
@@ -219,6 +247,88 @@ def test_draft(tmp_path, monkeypatch, colored):
     with pytest.raises(UserError, match="mine.yaml: is there already"):
         write_draft(data, [])
     assert (root / "mine.yaml").read_text() == text
+
+
+def test_draft_of_black_and_white_masks(tmp_path):
+    """White is a class then, not void: else there were one class, in which no network can err."""
+    root = write_folder(tmp_path / "data")
+    (root / "classes.yaml").unlink()
+    for path in root.glob("labels/*/*.png"):
+        Image.open(path).point(lambda number: 255 * (number > 0)).save(path)
+    write_draft(data_of(root), [])
+    assert read_classes(root, "classes.yaml").from_file == {0: 0, 255: 1}
+
+
+def in_palette(path, order) -> None:
+    """Stores a mask of numbers in a palette with the colours of `COLORS`, the numbers in another order."""
+    numbers = np.asarray(Image.open(path))
+    indices = np.select([numbers == number for number in order], range(len(order))).astype(np.uint8)
+    picture = Image.fromarray(indices, "P")
+    picture.putpalette([value for number in order for value in COLORS[number]])
+    picture.save(path)
+
+
+def test_palettes_that_contradict_each_other(tmp_path, caplog):
+    root = write_folder(tmp_path / "data")
+    for path in root.glob("labels/*/*.png"):
+        in_palette(path, (0, 1, 2, 255))
+    (root / "classes.yaml").write_text(CLASSES.replace("[255]", "[3]"))
+    assert not inspect(DataProgram(data_of(root), build=False))
+    in_palette(root / "labels/val/001.png", (2, 1, 255, 0))
+    assert inspect(DataProgram(data_of(root), build=False)) == 1
+    assert "001.png: its palette contradicts its numbers (0 is grass, and [0, 200, 0] another class's" in caplog.text
+    (root / "classes.yaml").unlink()
+    with pytest.raises(UserError, match=r"001.png: 0 is \(0, 200, 0\) in its palette, and \(10, 20, 30\) in that of"):
+        write_draft(data_of(root), [])
+
+
+@pytest.mark.parametrize(
+    ("colored", "mode", "message"),
+    [
+        (True, "L", "holds numbers, where most label files hold colours"),
+        (True, "P", "holds numbers, where most label files hold colours"),
+        (False, "1", "holds numbers of 1 bit, where most label files hold numbers"),
+    ],
+)
+def test_a_mask_that_is_stored_in_another_way(tmp_path, colored, mode, message):
+    """As by a program that makes files smaller: all black, it would be read as the first class."""
+    root = write_folder(tmp_path / "data", colored=colored)
+    Image.new("RGB", (60, 40)).convert(mode).save(root / "labels/train/001.png")
+    with pytest.raises(UserError, match=f"labels/train/001.png: {message}; store all label files in one way"):
+        open_data(data_of(root))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("avif", {}), ("jp2", {}), ("tif", {"compression": "jpeg"}), ("webp", {}), ("webp", {"lossless": True})],
+)
+def test_masks_stored_with_losses(tmp_path, suffix, options):
+    path = tmp_path / f"mask.{suffix}"
+    if path.suffix not in suffixes():
+        pytest.skip(f"this Pillow knows no {suffix}")
+    Image.new("RGB", (60, 40), (10, 20, 30)).save(path, **options)
+    if options.get("lossless"):
+        assert (read_numbers(path) == (10, 20, 30)).all()
+        return
+    with pytest.raises(UserError, match="which changes the numbers in it; store labels and instances as PNG"):
+        read_numbers(path)
+
+
+def test_training_ids_are_not_the_numbers_of_cityscapes(tmp_path):
+    folder = FolderConfig(labels="gtFine/{split}/*/{name}_gtFine_labelTrainIds.png", classes="cityscapes")
+    with pytest.raises(UserError, match="numbers of labelIds; for trainIds name the 19 classes, 0 to 18, in a file"):
+        find_data(data_of(tmp_path, folder=folder))
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    try:
+        root = write_folder(tmp_path / "latin-\udce9")
+        (root / "images/val/001.jpg").rename(root / "images/val/\udce9.jpg")
+    except OSError:
+        pytest.skip("this disk takes names in UTF-8 only")
+    (root / "labels/val/001.png").rename(root / "labels/val/\udce9.png")
+    run(configured(root), tmp_path / "run")
+    assert ended(eval_program, tmp_path / "run") == 0
 
 
 def test_what_cannot_be_drafted(tmp_path):
@@ -308,6 +418,10 @@ def test_every_file_by_name_on_demand(tmp_path, caplog):
             {"folder": {"labels": "labels/{name}.png"}},
             "data.folder.labels=.* must hold {split}; or give data.val_share",
         ),
+        ({"folder": {"images": "images/{split}/{city}/{name}.png"}}, "only {split} and {name} can stand in braces"),
+        ({"folder": {"labels": "/data/{split}/{name}.png"}}, "data.folder.labels=.* must be a path below data.root"),
+        ({"folder": {"images": "images/{split}/{name}.*"}}, "must end in a suffix such as .png; or"),
+        ({"folder": {"images": "images/{split}/img.{name}"}}, "must end in a suffix such as .png; or"),
         ({"val_share": 1.0}, "data.val_share=1.0: must be between 0 and 1"),
         ({"folder": {"instance_divisor": 1}}, "data.folder.instance_divisor=1: must be above 1"),
     ],
@@ -352,6 +466,17 @@ def test_evaluation_on_a_folder_with_labels_of_its_own(tmp_path, capsys):
     (tmp_path / "other.yaml").write_text("classes: [grass, roof, hedge]\nvoid: {numbers: [255]}")
     assert ended(eval_program, tmp_path / "run", *arguments, f"data.folder.classes={tmp_path}/other.yaml") == 2
     assert "tells grass, roof, tree apart; other has grass, roof, hedge" in capsys.readouterr().err
+
+
+def test_evaluation_of_another_folder_takes_all_of_it(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    run(configured(root, train_images=2, val_images=1), tmp_path / "some")
+    run(configured(root, val_share=0.2), tmp_path / "share")
+    other = write_folder(tmp_path / "other", train=5, val=4)
+    for name, split, images in (("some", "val", 4), ("some", "train", 5), ("share", "val", 4)):
+        assert ended(eval_program, tmp_path / name, f"data.root={other}", f"split={split}") == 0
+        assert f"{split}, {images} images" in capsys.readouterr().out
+    assert ended(eval_program, tmp_path / "some") == 0 and "val, 1 images" in capsys.readouterr().out
 
 
 def test_evaluation_of_other_images_than_the_runs_says_so(tmp_path, capsys):

@@ -49,7 +49,7 @@ def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layou
     tree = tree.replace("{split}", "SPLIT").replace("{name}", "NAME").replace("**/", "")
     return Layout(
         name="folder",
-        title=root.absolute().name,
+        title=root.absolute().name.encode(errors="replace").decode(),  # it may be no text
         classes=classes or read_classes(root, patterns.classes),
         images=images,
         labels=labels,

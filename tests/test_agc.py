@@ -222,6 +222,8 @@ def test_script_trace_and_transforms():
     layer, x = AGC2d(3, mean_scale=0.5), torch.randn(2, 3, 5, 5)
     for form in (torch.jit.script(layer), torch.jit.trace(layer, x), torch.export.export(layer, (x,)).module()):
         torch.testing.assert_close(form(x), layer(x))
+    activated = AGCReLU2d(3)
+    torch.testing.assert_close(torch.jit.script(activated)(x), activated(x))
     with pytest.raises(torch.jit.Error, match=r"got \(3, 5, 5\)"):
         torch.jit.script(layer)(x[0])
 

@@ -74,6 +74,14 @@ def test_unit_obeys_its_convolution_and_hooks(form, change):
 
 
 @pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_hooks_of_a_stem_run(form):
+    unit, stem = ConvUnit(8, 4), ConvUnit(3, 8)
+    x = torch.randn(1, 3, 8, 8)
+    stem.register_forward_hook(lambda module, inputs, maps: maps * 2)
+    torch.testing.assert_close(unit(x, stem=stem), unit(stem(x)))
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
 def test_wrong_maps_are_refused_whatever_their_size(form):
     unit, x = ConvUnit(8, 4), torch.randn(2, 4, 6, 6)
     _, winners = max_pool2d(torch.randn(2, 8, 12, 12))

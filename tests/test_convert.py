@@ -386,6 +386,28 @@ def test_hooks_of_what_stands_between():
     assert shapes == [(4, 4, 10, 12)] * 4
 
 
+def test_hooks_of_each_norm_of_a_convolution_and_of_an_identity():
+    """As in detectors, whose levels share the convolutions of a head."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.between = nn.Conv2d(3, 4, 3), nn.Identity()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+        def forward(self, x):
+            return sum(norm(self.between(self.conv(x))) * i for i, norm in enumerate(self.norms, 1))
+
+    literal, converted = both(Head())
+    equal(literal, converted)
+    for name in ("norms.0", "between"):
+        shapes = []
+        hook = converted.get_submodule(name).register_full_backward_hook(lambda m, i, o: shapes.append(o[0].shape))  # noqa: B023
+        equal(literal, converted)
+        assert shapes and set(shapes) == {(4, 4, 10, 12)}
+        hook.remove()
+
+
 def test_pruned_and_parametrised_convolutions():
     for change in (lambda conv: prune.l1_unstructured(conv, "weight", 0.5), parametrizations.weight_norm):
         model = Around()
@@ -430,9 +452,24 @@ def test_a_reader_that_hides_from_torch_loses_no_gradient():
             return 2 * grad
 
     model = convert_batchnorm(Around()).model
-    output = Twice.apply(model.conv(torch.randn(2, 3, 6, 6)))
+    maps = model.conv(torch.randn(2, 3, 6, 6))
     with pytest.raises(RuntimeError):
-        output.sum().backward()
+        Twice.apply(maps).sum().backward()
+    for read in (
+        lambda: torch.func.grad(torch.sum)(maps),
+        lambda: torch.func.vmap(torch.sum)(maps),
+        lambda: torch.Tensor.as_subclass(maps, torch.Tensor),
+        lambda: torch.autograd.Variable(maps),
+    ):
+        with pytest.raises(RuntimeError, match=r"in a way that hides it.*convert_batchnorm\(model, fuse=False\)"):
+            read()
+
+
+def test_a_jacobian_of_all_rows_at_once():
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid())).model.double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    rows = [torch.autograd.functional.jacobian(lambda x: model(x).sum((2, 3)), x, vectorize=v) for v in (True, False)]
+    torch.testing.assert_close(*rows)
 
 
 def test_layers_exchanged_after_conversion():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -230,6 +231,23 @@ def test_wrong_shapes_are_refused():
         agc_unit(torch.zeros(1, 3, 4, 4), unit.conv.weight, torch.ones(1), torch.zeros(4), torch.ones(4))
 
 
+@pytest.mark.parametrize("size", [8, 256])
+def test_maps_of_other_than_real_numbers_are_refused(size):
+    for dtype in (torch.uint8, torch.complex64):
+        maps = torch.zeros(1, 3, size, size, dtype=dtype)
+        for layer in (ConvUnit(3, 16), agcseg.AGC2d(3), agcseg.AGCReLU2d(3)):
+            with pytest.raises(ValueError, match=rf"takes maps of real numbers.*got {dtype}"):
+                layer(maps)
+    for kernel_size in (2, (3, 3)):
+        with pytest.raises(ValueError, match="must be one odd number"):
+            ConvUnit(3, 4, kernel_size)
+
+
+def test_a_network_on_fake_tensors():
+    with FakeTensorMode():
+        assert build("segnet", width=0.1)(torch.randn(1, 3, 32, 32)).shape == (1, 19, 32, 32)
+
+
 def test_an_empty_minibatch(monkeypatch):
     monkeypatch.setattr(agcseg.nn.fast, "SMALL", -1)
     fast, _, run, inputs = make(unpool=True, size=(256, 256), n=0)
@@ -250,6 +268,21 @@ def test_pooling_breaks_ties_as_torch_does(memory_format):
     expected, indices = max_pool2d(cells)
     assert torch.equal(pooled, expected)
     assert torch.equal(offsets, window_offsets(indices, 4))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gain_of_zero_in_front_of_a_pooling(memory_format, monkeypatch):
+    """All cells are 0 or -0 then: the first wins, and γ's gradient is that of its z."""
+    monkeypatch.setattr(agcseg.nn.fast, "SMALL", -1)
+    unit, found = ConvUnit(1, 8, 1).double(), []
+    nn.init.zeros_(unit.norm.weight)
+    nn.init.ones_(unit.norm.bias)
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64).to(memory_format=memory_format)
+    for unit.implementation in ("fast", "literal"):
+        unit.zero_grad()
+        (unit(x, pool=True)[0] * torch.arange(8.0)).sum().backward()
+        found.append(unit.norm.weight.grad)
+    torch.testing.assert_close(*found)
 
 
 @both_forms
@@ -486,6 +519,21 @@ def test_rebuilt_outputs_are_the_same_bit_for_bit(name, size):
         kept = less
         assert all(map(torch.equal, found, expected))
     assert kept < 0.7 * step(0)[0]
+
+
+def test_parameters_changed_before_backward_are_noticed():
+    network = build("classnet", num_classes=3, width=0.1, recompute=1 / 3)
+    loss = network(torch.randn(1, 3, 128, 128)).classes.sum()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_has_no_numbers_is_not_computed_again():
+    network = build("classnet", num_classes=3, width=0.1, recompute=1 / 3).to("meta")
+    assert network(torch.empty(2, 3, 128, 128, device="meta")).classes.shape == (2, 3, 128, 128)
 
 
 def test_a_budget_is_a_share():

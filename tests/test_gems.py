@@ -135,6 +135,25 @@ def test_maps(norm):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate_by", ["relu", "grad"])
+def test_maps_of_two_calls_before_one_backward(gate_by):
+    """Each call has its own factors, also of another number of samples."""
+    joint, apart = [], []
+    for found, parts in ((joint, False), (apart, True)):
+        unit, x = make("agc")
+        gems = GEMS(unit, mode="map", gate=gate_by)
+        losses = (unit(some).square().sum() for some in (x[:1], x[1:]))
+        if parts:
+            for loss in losses:
+                loss.backward()
+        else:
+            sum(losses).backward()
+        gems.scale_gradients()
+        found += [p.grad for p in unit.parameters()]
+    for a, b in zip(joint, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("norm", PER_MAP)
 def test_maps_of_one_sample_are_the_minibatch(norm):
     unit, x = make(norm, n=1)

@@ -49,6 +49,30 @@ def test_scales_with_the_weights_unlike_torch():
     torch.testing.assert_close(*torchs)
 
 
+def test_a_masked_class_costs_nothing_where_nothing_counts():
+    logits, labels, weights = example()
+    logits[:, 0], labels[labels == 0] = -torch.inf, 255
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, labels, weights)
+    torch.testing.assert_close(loss, by_hand(logits, labels, weights.tolist()))
+    loss.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_what_does_not_fit_is_refused():
+    logits, labels, weights = example()
+    with pytest.raises(ValueError, match=r"logits of shape \(3, 4, 5, 6\) do not fit labels of shape \(1, 5, 6\)"):
+        segmentation_loss(logits, labels[:1])
+    with pytest.raises(ValueError, match="labels are class numbers, integers; got torch.float32"):
+        segmentation_loss(logits, labels.float())
+    with pytest.raises(ValueError, match=r"4 classes take as many weights; got \(3,\)"):
+        segmentation_loss(logits, labels, weights[:3])
+    with pytest.raises(ValueError, match=r"contours of shape \(1, 5, 6\) do not fit labels of \(3, 5, 6\)"):
+        contour_loss(logits[:, :1], labels[:1] == 0, labels)
+    with pytest.raises(ValueError, match="contour loss 'dice' is not one of iou, bce, class_iou"):
+        contour_loss(logits[:, :1], labels == 0, labels, "dice")
+
+
 def test_nothing_labelled_is_zero_and_has_no_gradient():
     logits, labels, weights = example()
     labels[1] = 255

@@ -81,6 +81,18 @@ def test_fast_units_become_literal():
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_noise_is_drawn_once_where_outputs_are_computed_again():
+    """A noisy unit gives something else the second time, so its output is kept whatever the budget."""
+    images, found = torch.randn(1, 3, 128, 128), []
+    for recompute in (0, 1 / 3):
+        torch.manual_seed(0)
+        network = agcseg.build("classnet", width=0.1, num_classes=3, recompute=recompute)
+        add_noise(network, 0.2, 0.2, seed=1)
+        network(images).classes.square().sum().backward()
+        found.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *found))
+
+
 def test_a_noisy_network_can_be_copied_and_saved_whole():
     unit, x = ConvUnit(3, 4), torch.randn(2, 3, 6, 6)
     add_noise(unit, 0.5, 0.3, seed=0)

@@ -243,6 +243,7 @@ def test_maps_of_other_than_real_numbers_are_refused(size):
             ConvUnit(3, 4, kernel_size)
 
 
+@both_forms
 def test_a_network_on_fake_tensors():
     with FakeTensorMode():
         assert build("segnet", width=0.1)(torch.randn(1, 3, 32, 32)).shape == (1, 19, 32, 32)

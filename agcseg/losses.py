@@ -91,7 +91,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, class_weights)
         classes, weights = _pixels(logits, labels, class_weights)
         loss = F.log_softmax(logits, 1, dtype=weights.dtype).gather(1, classes)
-        loss = torch.where(weights > 0, loss * weights, 0)  # a pixel that does not count may have a loss of infinity
+        loss = torch.where(weights != 0, loss * weights, 0)  # a pixel that does not count may have a loss of infinity
         return -loss.sum((1, 2, 3))
 
     @staticmethod

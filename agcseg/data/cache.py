@@ -130,14 +130,7 @@ def _opened(folder: Path, samples: list[Sample], size: tuple[int, int]) -> "Cach
         cached = Cached(folder, images, labels, contours, [*index["names"]], [[*pair] for pair in index["digests"]])
     except PermissionError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        BadZipFile,
-    ) as error:  # NumPy's and JSON's ways to say so
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:  # NumPy and JSON have many
         return str(error).splitlines()[0]
     n = len(samples)
     kinds = [("u1", (n, 3, *size)), ("u1", (n, *size)), ("u1", (n, *size))]
@@ -256,9 +249,8 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             written.flush()
         index = {"names": [sample.name for sample in samples], "digests": found}
         (temporary / "index.json").write_text(json.dumps(index))
-        (temporary / "source.txt").write_bytes(
-            os.fsencode(os.path.commonpath([s.image.parent.resolve() for s in samples]))
-        )
+        source = os.path.commonpath([sample.image.parent.resolve() for sample in samples])
+        (temporary / "source.txt").write_bytes(os.fsencode(source))
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,7 @@ def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layou
     instances = patterns.instances and str(PurePosixPath(patterns.instances))
     splits = {"train": patterns.train, "val": patterns.val}
     if instances == type(patterns).instances and not any(
-        (root / fixed(instances, split)).is_dir() for split in splits.values()
+        (root / fixed(instances.replace("{split}", split))).is_dir() for split in splits.values()
     ):
         instances = None  # nobody spoke of any
     if "trainids" in labels.lower() and patterns.classes == "cityscapes":

@@ -1,7 +1,6 @@
 """Where the files of a data set lie, as patterns; listing, reading and checking them."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -107,7 +106,7 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
     problems: list[UserError] = []
     found, unused = {}, []
     for what, pattern in patterns.items():
-        folder = root / _fixed(pattern)
+        folder = root / fixed(pattern)
         if folder.is_dir():
             found[what], twice, others = _find(root, pattern, whole)
             problems += twice
@@ -119,7 +118,7 @@ def scan(layout: Layout, root: Path, split: str) -> Listing:
         return Listing([], problems, [], unused)
     if not found["images"]:
         fault = f"holds no {_shown(patterns['images'])}{comes.get('images', '')}"
-        problems.append(UserError(f"{root / _fixed(patterns['images'])}: {fault}"))
+        problems.append(UserError(f"{root / fixed(patterns['images'])}: {fault}"))
 
     def missing(what: str, key: tuple[str, ...]) -> FileError:
         path, suffix = _path(root, patterns[what], key), PurePosixPath(patterns[what]).suffix
@@ -148,7 +147,7 @@ def _find(root: Path, pattern: str, whole: bool) -> tuple[dict[tuple[str, ...], 
     found: dict[tuple[str, ...], Path] = {}
     twice: list[UserError] = []
     others = []
-    for path in list_files(root / _fixed(pattern)):
+    for path in list_files(root / fixed(pattern)):
         fits = path.suffix.lower() == suffix.lower() if suffix else is_picture(path)
         match = expression.fullmatch(path.relative_to(root).with_suffix("").as_posix()) if fits else None
         if not match:
@@ -175,7 +174,7 @@ def _expression(stem: str) -> re.Pattern:
     return re.compile(text)
 
 
-def _fixed(pattern: str) -> str:
+def fixed(pattern: str) -> str:
     """The folders of a pattern before anything is left open."""
     return OPEN.split(pattern)[0].rpartition("/")[0]
 
@@ -187,16 +186,16 @@ def _path(root: Path, pattern: str, key: tuple[str, ...]) -> Path:
 
 
 def _shown(pattern: str) -> str:
-    shown = pattern[len(_fixed(pattern)) :].lstrip("/").replace("{name}", "*")
+    shown = pattern[len(fixed(pattern)) :].lstrip("/").replace("{name}", "*")
     return shown if PurePosixPath(pattern).suffix else f"picture {shown}"
 
 
 def _elsewhere(root: Path, pattern: str) -> str:
     """A hint where the folders of a pattern are found instead, if they are near."""
-    if root.is_dir() and (fixed := _fixed(pattern)):
+    if root.is_dir() and (inside := fixed(pattern)):
         for folder in (root.parent, root.parent.parent, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-            if (folder / fixed).is_dir():
-                return f"; but there is {folder / fixed}: data.root must be a folder that holds everything"
+            if (folder / inside).is_dir():
+                return f"; but there is {folder / inside}: data.root must be a folder that holds everything"
     return ""
 
 
@@ -247,11 +246,6 @@ def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
     )
 
 
-def fixed(pattern: str, split: str) -> str:
-    """The folders of a pattern before anything but the split is left open."""
-    return _fixed(pattern.replace("{split}", split))
-
-
 def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
     """Label files that are stored in another way than most: numbers beside colours, or 1 bit beside 8.
 
@@ -262,7 +256,7 @@ def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
 
     def kind(path: Path) -> str:
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            with Image.open(path) as picture:
                 mode = picture.mode
         except Exception:  # see above
             return ""

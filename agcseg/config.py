@@ -229,7 +229,8 @@ def check(config: Config) -> None:
     one_of("contour.loss", config.contour.loss, CONTOUR_LOSSES)
     one_of("precision", config.precision, ("fp32", "tf32", "bf16"))
     expect(config.channels_last in ("auto", True, False), f"channels_last={config.channels_last}: auto, true or false")
-    expect(config.network.width > 0, f"network.width={config.network.width}: must be positive")
+    width = config.network.width
+    expect(0 < width <= 100, f"network.width={width}: must be positive, and at most 100")
     expect(config.contour.band >= 1, f"contour.band={config.contour.band}: must be at least 1")
     expect(config.minibatch >= 1, f"minibatch={config.minibatch}: must be at least 1")
     expect(
@@ -237,7 +238,7 @@ def check(config: Config) -> None:
         f"accumulate={config.accumulate}: must divide minibatch={config.minibatch}",
     )
     expect(config.epochs >= 1, f"epochs={config.epochs}: must be at least 1")
-    expect(config.seed >= 0, f"seed={config.seed}: must not be negative")
+    expect(0 <= config.seed < 2**63, f"seed={config.seed}: must not be negative, and below 2^63")
     expect(data.choice_seed >= 0, f"data.choice_seed={data.choice_seed}: must not be negative")
     key, value = ("lr.base", config.lr.base) if config.lr.value is None else ("lr.value", config.lr.value)
     expect(0 < value < float("inf"), f"{key}={value}: a learning rate must be positive and finite")
@@ -257,7 +258,11 @@ def check(config: Config) -> None:
         "graph=true: not together with gems, whose counts lie elsewhere in each step",
     )
     expect(not (foreign and (noisy or config.gems.mode)), f"noise and gems: not in {config.network.name}")
-    expect(config.weight_decay >= 0, f"weight_decay={config.weight_decay}: must not be negative")
+    expect(
+        0 <= config.weight_decay < float("inf"),
+        f"weight_decay={config.weight_decay}: must be finite and not negative",
+    )
+    expect(config.init_from != "", "init_from: must not be empty; null for none")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     _check_recipe(config, expect, one_of)
     expect(config.images >= 0, f"images={config.images}: must not be negative")
@@ -291,6 +296,9 @@ def _check_places(config: Config, expect: Callable) -> None:
             Path(value or "").expanduser()
         except RuntimeError:
             expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+    channels = config.network.options.get("in_channels", 3)
+    expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
+    expect(bool(data.cache_dir), "data.cache_dir: must not be empty")
     needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
     expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
     expect(bool(config.name), "name: must not be empty")

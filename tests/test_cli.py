@@ -165,7 +165,8 @@ def test_a_configuration_of_a_run_starts_it_again(inside, small, tmp_path):
 
 
 def test_a_sweep_with_one_folder_for_two_runs_starts_nothing(inside, small, tmp_path):
-    code, said = inside("-m", *small, "network.implementation=fast,literal")
+    for flag in ("-m", "--multi"):
+        code, said = inside(flag, *small, "network.implementation=fast,literal")
     assert code == 2 and "two runs of this sweep have one folder" in said and not (tmp_path / "outputs").exists()
 
 

@@ -180,6 +180,18 @@ def test_small_sizes_that_work(overrides):
         (["norm.options.background=mode"], "background='mode' is not known; choose from map, window, median"),
         (["norm.options.background=window", "norm.options.window=8"], "window=8 must be an odd number"),
         (["norm.options.mean_scale=high"], "norm 'agc': mean_scale='high' must be like its default, 1.0"),
+        (["norm.options.mean_scale=nan"], "norm 'agc': mean_scale=nan must be like its default, 1.0"),
+        (["norm.options.mean_scale=null"], "norm 'agc': mean_scale=None must be like its default, 1.0"),
+        (["norm=group", "norm.options.groups=2.5"], "groups=2.5 must be like its default, "),
+        (["norm=group", "norm.options.groups=0"], "norm 'group': groups=0 must be positive"),
+        (["norm=bn", "norm.options.eps=-1"], "norm 'bn': eps=-1 must be positive"),
+        (["network.options.head_norm=off"], "network 'segnet': head_norm='off' must be true or false"),
+        (["+network.options.in_channels=4"], "network.options.in_channels=4: images have 3 channels"),
+        (["network.width=inf"], "network.width=inf: must be positive, and at most 100"),
+        (["seed=18446744073709551616"], "must not be negative, and below 2^63"),
+        (["weight_decay=inf"], "weight_decay=inf: must be finite and not negative"),
+        (["init_from="], "init_from: must not be empty; null for none"),
+        (["data.cache_dir="], "data.cache_dir: must not be empty"),
         (["noise.gain=1.5"], "noise.gain=1.5: must be between 0 and 1"),
         (["noise.shift=-0.1"], "noise.shift=-0.1: must be finite and not negative"),
         (["noise.shift=nan"], "noise.shift=nan: must be finite"),
@@ -263,6 +275,11 @@ def test_one_configuration_one_folder(spellings):
     assert len({folder(spelling) for spelling in spellings}) == 1
 
 
+def test_numbers_keep_their_sign_in_a_folders_name():
+    assert folder("norm.options.mean_scale=-1").name.endswith("-norm.options.mean_scale=-1")
+    assert folder("norm=bn", "norm.options.eps=1e-9").name.endswith("-norm.options.eps=1e-09")
+
+
 def test_what_is_no_part_of_a_run_is_not_in_its_folder():
     for key in sorted(FREE - {"name", "run"}):
         value = {"data.root": "/b", "data.cache_dir": "/c", "device": "cpu", "network.implementation": "literal"}
@@ -294,7 +311,8 @@ def test_a_sweep_whose_runs_would_share_a_folder_is_refused(overrides, one, othe
     with pytest.raises(UserError, match="two runs of this sweep have one folder") as error:
         check_sweep(arguments)
     said = str(error.value)
-    assert {f"that with {one}".split(" ")[2], f"that with {other}".split(" ")[2]} <= set(re.split(r"[ ;]", said)), said
+    assert ("they differ in nothing" in said) == (overrides[0].startswith(("network", "channels", "data", "lr")))
+    assert {f"that with {one}".split(" ")[2], f"that with {other}".split(" ")[2]} <= set(re.split(r"[ ;]|\. ", said)), said
 
 
 def test_sweeps_that_may_start():
@@ -372,9 +390,15 @@ def test_flags_of_hydra_are_not_taken_for_values(arguments):
     assert hydra_arguments("agcseg-train", arguments, Config) == arguments
 
 
+def test_flags_stand_anywhere():
+    said = hydra_arguments("agcseg-train", ["data=streets", "-m", "seed=1,2", "--config-dir", "mine"], Config)
+    assert said == ["-m", "--config-dir", "mine", "data=streets", "seed=1,2"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["-m --cfg job", "--run -m", "-m -i", "--cfg hydra --resolve", "--resolve"]
+    + ["norm=null", "experiment=null", "--hydra-help seed=1"]
     + ["minibatch=1,4", "norm=bn,agc --help", "-m norm=bn,agc --help", "seed=range(1,4) --info", "figure1=glob(*)"],
 )
 def test_flags_that_hydra_answers_with_a_traceback(arguments, capsys):

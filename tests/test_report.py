@@ -147,6 +147,20 @@ def test_program_names_broken_files(folder, capsys):
     assert "bn_8/metrics.csv" in (folder / "report.md").read_text()
 
 
+def test_a_run_without_an_epoch_and_a_diverged_lambda_are_no_fault(folder):
+    (folder / "agc_4/metrics.csv").write_text(HEADER + "\n")
+    runs, broken, _ = read_folders(folder)
+    assert [run.last_epoch for run in runs if run.name == "agc_4"] == [0] and not broken
+    write_report(folder)
+
+
+def test_what_cannot_be_written_leaves_nothing(folder):
+    (folder / "report.html").mkdir()
+    with pytest.raises(OSError, match=f"{folder / 'report.html'}"):
+        write_report(folder)
+    assert not [*folder.glob(".*")]
+
+
 def test_half_a_run_is_noted(folder, capsys):
     (folder / "bn_4" / "metrics.csv").unlink()
     (folder / "unrelated").mkdir()
@@ -406,6 +420,7 @@ def test_older_runs_have_a_report_without_what_they_lack(tmp_path, capsys):
     ("name", "content", "says"),
     [
         ("steps.npy", b"no numbers", "steps.npy: "),
+        ("steps.npy", {"a": np.zeros(3)}, "holds several arrays"),
         ("steps.npy", np.zeros(3), "expected numbers of shape (epochs, steps, parts)"),
         ("layers.csv", b"epoch,layer\n", "expected the columns"),
         ("layers.csv", None, "layers in each of 5 epochs, found 49 rows"),
@@ -420,6 +435,9 @@ def test_a_run_without_its_broken_extras_is_still_reported(tmp_path, capsys, nam
         content = "\n".join((path / name).read_text().splitlines()[:-1]).encode()
     if isinstance(content, bytes):
         (path / name).write_bytes(content)
+    elif isinstance(content, dict):
+        with open(path / name, "wb") as file:
+            np.savez(file, **content)
     else:
         np.save(path / name, content)
     (run,), (line,), notes = read_folders(tmp_path)
@@ -453,6 +471,13 @@ def test_several_folders(tmp_path, capsys):
     assert [*groups] == ["BN, folder a", "BN, folder b", "AGC, folder b"] and not notes
     with pytest.raises(UserError, match="no folder"):
         read_runs(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    capsys.readouterr()
+    assert main([str(tmp_path / "a"), f"{tmp_path}/a/../a/", str(tmp_path / "link")]) == 0
+    assert "1 finished\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(make_run(tmp_path / f"{i:0200}", "bn", [0.5]).parent) for i in range(2)])
+    assert "2 folders: say where their report goes, with --out FOLDER" in capsys.readouterr().err
 
 
 def test_what_runs_were_made_with(tmp_path):
@@ -465,6 +490,18 @@ def test_what_runs_were_made_with(tmp_path):
     assert table.values.tolist() == [["commit", "abc (2 runs); def (1 runs)"]]
     (path / "environment.json").write_text("[")
     assert "environment.json: " in read_folders(tmp_path)[1][0]
+
+
+def test_a_record_of_what_never_got_on(tmp_path):
+    make_run(tmp_path / "runs", "bn", [])
+    (tmp_path / "runs/bn/metrics.csv").unlink()
+    for arguments in (["runs", "record"], ["--unpack", "record", "again"], ["--unpack", "runs", "again"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts/record", *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "Traceback" not in done.stderr
+    assert done.returncode == 1 and "runs is no record, it holds no runs.json" in done.stderr
+    assert (tmp_path / "again/bn/config.yaml").is_file()
 
 
 def test_a_record_makes_the_same_report_again(tmp_path):

@@ -490,6 +490,11 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, mon
     [
         ("result.json", "{}", "result.json: is not readable as a result"),
         ("result.json", "[]", "result.json: is not readable as a result"),
+        (
+            "result.json",
+            '{"state": "finished", "reason": "", "epochs": "2"}',
+            "result.json: is not readable as a result",
+        ),
         ("result.json", "{", "result.json: is not readable as a result"),
         ("result.json", None, "result.json: is not readable as a result"),
         ("config.yaml", "a: [", "config.yaml: cannot be read as a configuration"),

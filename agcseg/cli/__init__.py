@@ -54,7 +54,7 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         print(f"{program} {__version__}")
         raise SystemExit
     arguments = [_Argument(argument) for argument in argv]
-    flags = get_args_parser().parse_args(arguments)
+    flags = get_args_parser().parse_intermixed_args(arguments)
     if flags.shell_completion:
         return argv
     parser, (known, texts) = OverridesParser.create(), _keys(OmegaConf.structured(schema))
@@ -78,6 +78,8 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
             raise UserError(
                 f"{argument}: the value cannot be read; quote it for {program} too: \"{key}='{value}'\""
             ) from None
+        if value == "null" and os.path.isdir(os.path.join(CONFIGS, name)):
+            raise UserError(f"{argument}: names no file of configs/{name}; leave it out for the default")
         if several and flags.help:
             raise UserError(f"{argument}: --help shows one configuration; give one value, or leave {name} out")
         if several and not flags.multirun:
@@ -87,7 +89,11 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
 
     try:
         _check_flags(flags)
-        return [override(text) if any(text is other for other in flags.overrides) else str(text) for text in arguments]
+        own = [any(text is other for other in flags.overrides) for text in arguments]
+        before = [
+            str(text) for text, overrides in zip(arguments, own, strict=True) if not overrides
+        ]  # as Hydra wants it
+        return before + [override(text) for text, overrides in zip(arguments, own, strict=True) if overrides]
     except UserError as error:
         fail(program, error)
 
@@ -97,6 +103,8 @@ def _check_flags(flags: argparse.Namespace) -> None:
     alone = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(flags, name)]
     if len(alone) > 1:
         raise UserError(f"{' and '.join(alone)}: only one of them at a time")
+    if flags.hydra_help and flags.overrides:
+        raise UserError("--hydra-help: by itself, without overrides")
     if flags.resolve and not (flags.cfg or flags.help):
         raise UserError("--resolve: only with --cfg")
     if flags.resolve and flags.cfg == "hydra":
@@ -229,6 +237,8 @@ def program(name: str) -> Iterator[None]:
             getattr(sys, stream).reconfigure(errors="backslashreplace")
     try:
         yield
+    except BrokenPipeError:
+        pass
     except (UserError, OSError) as error:
         fail(name, error)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -24,7 +25,7 @@ from agcseg import figure1
 from agcseg.cli import CONFIGS, to_object
 from agcseg.config import Config
 from agcseg.errors import UserError
-from agcseg.record.identity import folder_name
+from agcseg.record.identity import differences, folder_name
 
 ConfigStore.instance().store(name="schema", node=Config)
 for setting in figure1.RUNS:  # options of the group figure1, for experiment/figure1.yaml
@@ -80,25 +81,27 @@ def check_sweep(arguments: list[str]) -> None:
     """
     flags, places = _flags(arguments)
     name = flags.config_name or "train"
-    folders: dict[Path, tuple[str, ...]] = {}
+    folders: dict[Path, tuple[tuple[str, ...], Config]] = {}
     try:
         for job, values in _jobs(flags.overrides, name, places):
             cfg = copy.deepcopy(_composed(_choices(job), name, places))
             for override in values:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
             try:
-                folder = folder_of(to_object(cfg, Config), job, name, places)
+                config = to_object(cfg, Config)
+                folder = folder_of(config, job, name, places)
             except UserError:
                 continue  # it fails by itself, and the others run
             if folder in folders:
-                one, other = (
-                    " ".join(sorted({*a} - {*b})) for a, b in ((folders[folder], job), (job, folders[folder]))
-                )
+                earlier, its = folders[folder]
+                one, other = (" ".join(sorted({*a} - {*b})) for a, b in ((earlier, job), (job, earlier)))
+                both = ({"config": asdict(one), "processes": 1} for one in (its, config))
+                alike = its.epochs == config.epochs and not differences(*both)
                 raise UserError(
-                    f"two runs of this sweep have one folder, {folder}: that with {one} and that with {other}; they "
-                    f"differ in nothing that decides the outcome. Tell them apart with run= or name="
+                    f"two runs of this sweep have one folder, {folder}: that with {one} and that with {other}"
+                    f"{'; they differ in nothing that decides the outcome' * alike}. Tell them apart with run= or name="
                 )
-            folders[folder] = job
+            folders[folder] = job, config
     except (HydraException, OmegaConfBaseException):
         pass  # Hydra says it better
 

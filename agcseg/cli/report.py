@@ -1,12 +1,14 @@
 """The program agcseg-report."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
 from agcseg.cli import program, show
+from agcseg.errors import UserError
 from agcseg.report import MARGIN, read_folders, write_report
 
 EPILOG = """\
@@ -61,9 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: FOLDER itself; of several: A+B)")
     arguments = parser.parse_args(argv)
-    folders = [Path(folder) for folder in dict.fromkeys(arguments.folders)]
+    folders = [*{Path(folder).resolve(): Path(folder) for folder in reversed(arguments.folders)}.values()][::-1]
     joined = folders[0].resolve().parent / "+".join(folder.resolve().name for folder in folders)
     out = Path(arguments.out) if arguments.out else folders[0] if len(folders) == 1 else joined
+    if len(os.fsencode(out.name)) > 255:  # what file systems take
+        raise UserError(f"{len(folders)} folders: say where their report goes, with --out FOLDER")
     runs, broken, notes = read_folders(*folders)
     paths, page = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
 

@@ -6,6 +6,7 @@ import signal
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -108,7 +109,7 @@ def main() -> None:
 
 def _main() -> None:
     arguments = hydra_arguments("agcseg-train", sys.argv[1:], Config)
-    sweep = {"-m", "--multirun"} & {*arguments}
+    sweep = get_args_parser().parse_args(arguments).multirun  # which may be said in fewer letters
     if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
     _refuse_folders(arguments)

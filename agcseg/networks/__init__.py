@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -125,12 +126,21 @@ def _check_norm_options(name: str, make: Callable | None, options: dict[str, Any
         return  # it has none
     for key, value in options.items():
         default = inspect.signature(make).parameters[key].default
-        if isinstance(default, int | float) and not isinstance(value, int | float | None):
+        if isinstance(default, bool) or not isinstance(default, int | float) or (key, value) == ("momentum", None):
+            continue
+        whole = isinstance(default, int)
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(f"norm {name!r}: {key}={value!r} must be like its default, {default!r}")
+        if (whole and value < 1) or (key == "eps" and value <= 0):
+            raise UserError(f"norm {name!r}: {key}={value!r} must be positive")
 
 
 def _check_options(what: str, target: Callable | None, options: dict[str, Any], skip: set[str]) -> None:
-    known = [name for name in inspect.signature(target).parameters if name not in skip] if target else []
+    taken = inspect.signature(target).parameters if target else {}
+    known = [name for name in taken if name not in skip]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UserError(f"{what} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}")
+    for name, value in options.items():
+        if isinstance(taken[name].default, bool) and not isinstance(value, bool):
+            raise UserError(f"{what}: {name}={value!r} must be true or false")

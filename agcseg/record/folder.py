@@ -54,8 +54,8 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
     except FileNotFoundError:
         return None
     except (ValueError, IsADirectoryError):
-        result = None
-    if not isinstance(result, dict) or not {"state", "epochs", "reason"} <= result.keys():
+        result = {}
+    if not _is_result(result):
         raise UserError(f"{path}: is not readable as a result; delete it to continue from last.pt")
     if result["state"] == "finished" and result["epochs"] < epochs:
         return None
@@ -69,6 +69,16 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
     log.info(f"{result_line(folder, result)} (nothing left to do{note})")
     tell("skipped", result["epochs"], epochs, result, f"already {result['state']}")
     return result
+
+
+def _is_result(result: Any) -> bool:
+    return (
+        isinstance(result, dict)
+        and {"state", "reason"} <= result.keys()
+        and type(result.get("epochs")) is int
+        and isinstance(result.get("pixel_error", 0.0), int | float)
+        and isinstance(result.get("data") or {}, dict)
+    )
 
 
 def _settings(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
     del found["momentum_match"]
     found |= {"rate": float(f"{rate(of_rate):.12g}"), "momentum": float(f"{momentum(of_rate):.12g}")}
     if found["init_from"]:  # a run or its checkpoint, however its place is written
-        place = Path(found["init_from"]).expanduser().resolve()
+        place = Path(os.path.expanduser(found["init_from"])).resolve()  # another machine's home stays what it is
         found["init_from"] = str(place.parent if place.name == "last.pt" else place)
     if found["norm.name"] in ("bn", "mean_only") and not found["sync_bn"]:
         found["images per process"] = found["minibatch"] // processes
@@ -111,7 +112,8 @@ def _short(value: Any) -> str:
     """A value in letters that any file system takes."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int | float):
+        return f"{value:.12g}" if isinstance(value, float) else str(value)
     if isinstance(value, list):
         return "x".join(map(_short, value))
-    text = f"{value:.12g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^A-Za-z0-9._]+", "x", text).strip("x")
+    return re.sub(r"[^A-Za-z0-9._]+", "x", str(value)).strip("x")

@@ -234,7 +234,8 @@ def lambda_figure(runs: list[Run]) -> Figure | None:
         left.grid(axis="x", alpha=0.25)
         seen = [Line2D([], [], color=ROLES[role], lw=3, label=role) for role in ROLES if role in roles]
         left.legend(handles=seen, fontsize=8, loc="best")
-        away = max(0.05, math.ceil(20 * np.nanmax(abs(means - 1))) / 20)
+        far = abs(means.to_numpy() - 1)  # infinite where a run diverged
+        away = max(0.05, math.ceil(20 * far[np.isfinite(far)].max(initial=0)) / 20)
         edges = np.r_[means.index - 0.5, means.index[-1] + 0.5], np.arange(len(depth) + 1) - 0.5
         mesh = right.pcolormesh(*edges, means.T, cmap="PuOr", vmin=1 - away, vmax=1 + away, rasterized=True)
         right.set(xlabel="epoch (0: before training)", xlim=edges[0][[0, -1]])
@@ -324,7 +325,7 @@ def predictions(groups: Settings, most: int = 12) -> tuple[Image.Image | None, l
                 height = min(picture.height, round(picture.width / columns * run.size[0] / run.size[1]))
                 scene = picture.convert("RGB").crop((0, 0, picture.width, height))
                 scenes[name] = scene.resize((1200, round(1200 * height / picture.width)))
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError) as error:
             broken.append(f"{file}: {error}")
     if not scenes:
         return None, broken

@@ -6,10 +6,9 @@ A table is a data frame of texts for both; **bold** is marked as in Markdown.
 import base64
 import io
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS
+from agcseg.record.files import write
 from agcseg.report import compare, figures
 from agcseg.report.claims import MARGIN, Verdict, verdicts
 from agcseg.report.compare import MEASURES, Cells, Settings, all_runs, epoch_of, firsts, label, measured, t_interval
@@ -73,7 +73,7 @@ def write_report(
     drawn["predictions.png"], unreadable = figures.predictions(groups)
     broken += unreadable
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [_replace(folder / name, partial(_save, picture)) for name, picture in drawn.items() if picture]
+    paths = [_written(folder / name, _png(picture)) for name, picture in drawn.items() if picture]
     content = {
         "title": folder.resolve().name, "headline": headline(runs, groups, of_paper), "broken": broken,
         "results": settings_table(groups), "answers": answers, "claims": claims_table(answers),
@@ -89,9 +89,7 @@ def write_report(
         "report.md": fill(content, {path.name: path.name for path in paths}, html=False),
         "report.csv": pd.DataFrame(map(summarise, runs), dtype=object).to_csv(index=False, lineterminator="\n"),
     }
-    paths += [
-        _replace(folder / name, partial(Path.write_text, data=text, encoding="utf-8")) for name, text in texts.items()
-    ]
+    paths += [_written(folder / name, text) for name, text in texts.items()]
     return paths, content
 
 
@@ -404,9 +402,11 @@ def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _save(picture, path: Path) -> None:
+def _png(picture) -> bytes:
     """Of matplotlib or of Pillow."""
-    (picture.save if isinstance(picture, Image.Image) else picture.savefig)(path, format="png")
+    buffer = io.BytesIO()
+    (picture.save if isinstance(picture, Image.Image) else picture.savefig)(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _inline(path: Path) -> str:
@@ -419,8 +419,6 @@ def _inline(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> Path:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    write(temporary)
-    os.replace(temporary, path)  # at once, so that nobody ever reads half a file
+def _written(path: Path, content: str | bytes) -> Path:
+    write(path, content)
     return path

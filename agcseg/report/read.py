@@ -29,7 +29,9 @@ COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all 
 seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
 
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, YAMLError, OmegaConfBaseException)
+_UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, csv.Error, YAMLError, OmegaConfBaseException,
+)  # fmt: skip
 
 
 @dataclass
@@ -269,7 +271,8 @@ def _table(file: Path, numbers: Collection[str], *needed: str) -> pd.DataFrame:
             row[:] = [float(cells[key].strip() or "nan") if key in numbers else cells[key] for key in header]
         except ValueError as error:
             raise ValueError(f"line {line}: {error}; expected {len(header)} cells") from None
-    return pd.DataFrame(rows, columns=header)[[key for key in header if key in (*numbers, *needed)]]
+    table = pd.DataFrame(rows, columns=header).astype({key: float for key in header if key in numbers})
+    return table[[key for key in header if key in (*numbers, *needed)]]
 
 
 def _metrics(file: Path) -> pd.DataFrame:
@@ -286,6 +289,8 @@ def _steps(file: Path) -> np.ndarray:
         losses = np.load(file, allow_pickle=False)
     except ValueError:  # which says how to load it all the same, unsafely
         raise ValueError("is not what numpy.save writes of numbers") from None
+    if not isinstance(losses, np.ndarray):
+        raise ValueError("holds several arrays, expected one of numpy.save")
     if losses.ndim != 3 or not np.issubdtype(losses.dtype, np.floating):
         raise ValueError(f"expected numbers of shape (epochs, steps, parts), found {losses.dtype} of {losses.shape}")
     return losses.sum(2)

@@ -262,7 +262,6 @@ def check(config: Config) -> None:
         0 <= config.weight_decay < float("inf"),
         f"weight_decay={config.weight_decay}: must be finite and not negative",
     )
-    expect(config.init_from != "", "init_from: must not be empty; null for none")
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     _check_recipe(config, expect, one_of)
     expect(config.images >= 0, f"images={config.images}: must not be negative")
@@ -296,6 +295,7 @@ def _check_places(config: Config, expect: Callable) -> None:
             Path(value or "").expanduser()
         except RuntimeError:
             expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+    expect(config.init_from != "", "init_from: must not be empty; null for none")
     channels = config.network.options.get("in_channels", 3)
     expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
     expect(bool(data.cache_dir), "data.cache_dir: must not be empty")

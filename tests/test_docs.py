@@ -28,6 +28,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from PIL import Image
 from test_data import write_camvid
 from test_folder import write_folder
@@ -155,7 +156,7 @@ def setting(streets, tmp_path_factory):
     scene.resize((2048, 1024)).save(test / "berlin_000000_000019_leftImg8bit.png")
     scene.save(folder / "photo.jpg")
     with pytest.MonkeyPatch.context() as patch:
-        store = ConfigStore.instance()
+        store, _ = ConfigStore.instance(), Plugins.instance()  # plugins store their own once, and are not to lose it
         patch.setattr(store, "repo", copy.deepcopy(store.repo))  # what other tests of this process know stays as it is
         for plugin, node in LAUNCHERS.items():
             package = {"ray": "hydra_ray_launcher", "submitit_slurm": "hydra_submitit_launcher"}[plugin]

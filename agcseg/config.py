@@ -296,8 +296,9 @@ def _check_places(config: Config, expect: Callable) -> None:
         except RuntimeError:
             expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
     expect(config.init_from != "", "init_from: must not be empty; null for none")
-    channels = config.network.options.get("in_channels", 3)
-    expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
+    if kind(config.network.name) is not Foreign:  # whose options may mean anything
+        channels = config.network.options.get("in_channels", 3)
+        expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
     expect(bool(data.cache_dir), "data.cache_dir: must not be empty")
     needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
     expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")

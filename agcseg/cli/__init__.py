@@ -89,11 +89,9 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
 
     try:
         _check_flags(flags)
-        own = [any(text is other for other in flags.overrides) for text in arguments]
-        before = [
-            str(text) for text, overrides in zip(arguments, own, strict=True) if not overrides
-        ]  # as Hydra wants it
-        return before + [override(text) for text, overrides in zip(arguments, own, strict=True) if overrides]
+        given = {id(text) for text in flags.overrides}
+        flags_first = [str(text) for text in arguments if id(text) not in given]  # as Hydra wants them
+        return flags_first + [override(text) for text in arguments if id(text) in given]
     except UserError as error:
         fail(program, error)
 

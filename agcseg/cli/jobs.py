@@ -95,7 +95,7 @@ def check_sweep(arguments: list[str]) -> None:
             if folder in folders:
                 earlier, its = folders[folder]
                 one, other = (" ".join(sorted({*a} - {*b})) for a, b in ((earlier, job), (job, earlier)))
-                both = ({"config": asdict(one), "processes": 1} for one in (its, config))
+                both = ({"config": asdict(settings), "processes": 1} for settings in (its, config))
                 alike = its.epochs == config.epochs and not differences(*both)
                 raise UserError(
                     f"two runs of this sweep have one folder, {folder}: that with {one} and that with {other}"

@@ -210,21 +210,13 @@ def check(config: Config) -> None:
     Raises:
         UserError: one line for each value that cannot be used.
     """
-    data, problems = config.data, []
-
-    def expect(good: bool, message: str) -> None:
-        if not good:
-            problems.append(message)
-
-    def one_of(key: str, value: str | None, known) -> None:
-        expect(value in known, f"{key}={value}: choose from {', '.join(known)}")
-
+    data = config.data
+    problems, expect, one_of = _collector()
     foreign = kind(config.network.name) is Foreign
     if config.network.init is not None or not foreign:
         one_of("network.init", config.network.init, INITS)
     one_of("network.implementation", config.network.implementation, IMPLEMENTATIONS)
     one_of("norm", config.norm.name, NORMS)
-    one_of("data", data.name, NAMES)
     one_of("class_weights", config.class_weights, CLASS_WEIGHTS)
     one_of("contour.loss", config.contour.loss, CONTOUR_LOSSES)
     one_of("precision", config.precision, ("fp32", "tf32", "bf16"))
@@ -239,7 +231,6 @@ def check(config: Config) -> None:
     )
     expect(config.epochs >= 1, f"epochs={config.epochs}: must be at least 1")
     expect(0 <= config.seed < 2**63, f"seed={config.seed}: must not be negative, and below 2^63")
-    expect(data.choice_seed >= 0, f"data.choice_seed={data.choice_seed}: must not be negative")
     key, value = ("lr.base", config.lr.base) if config.lr.value is None else ("lr.value", config.lr.value)
     expect(0 < value < float("inf"), f"{key}={value}: a learning rate must be positive and finite")
     expect(0 <= config.momentum < 1, f"momentum={config.momentum}: must be at least 0 and below 1")
@@ -265,10 +256,11 @@ def check(config: Config) -> None:
     expect(config.save_every >= 0, f"save_every={config.save_every}: must not be negative")
     _check_recipe(config, expect, one_of)
     expect(config.images >= 0, f"images={config.images}: must not be negative")
-    _check_places(config, expect)
+    _check_names(config, expect)
+    _check_data(data, expect, one_of)
     multiple = kind(config.network.name).multiple
     expect(
-        len(data.size) == 2 and all(side > 0 and side % multiple == 0 for side in data.size),
+        all(side % multiple == 0 for side in data.size),
         f"data.size={data.size}: {config.network.name} takes [height,width] in multiples of {multiple}",
     )
     if not problems:  # the network knows its own options; on the meta device it costs no memory
@@ -282,26 +274,46 @@ def check(config: Config) -> None:
                         GEMS(built, **asdict(config.gems))
         except UserError as error:
             problems.append(str(error))
-    _check_data(config, expect)
+    train = data.train_images or (images_available(data) or {}).get("train")
+    if train and train >= 1:
+        expect(config.minibatch <= train, f"minibatch={config.minibatch}: there are {train} training images")
+    _refuse(problems)
+
+
+def check_data(data: DataConfig) -> None:
+    """The part of `check` that knows of no network.
+
+    Raises:
+        UserError: one line for each value that cannot be used.
+    """
+    problems, expect, one_of = _collector()
+    _check_data(data, expect, one_of)
+    _refuse(problems)
+
+
+def _collector() -> tuple[list[str], Callable, Callable]:
+    problems: list[str] = []
+
+    def expect(good: bool, message: str) -> None:
+        if not good:
+            problems.append(message)
+
+    def one_of(key: str, value: str | None, known) -> None:
+        expect(value in known, f"{key}={value}: choose from {', '.join(known)}")
+
+    return problems, expect, one_of
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise UserError("\n  ".join(["the configuration cannot be used:"] * (len(problems) > 1) + problems))
 
 
-def _check_places(config: Config, expect: Callable) -> None:
-    data = config.data
-    for key in ("root", "cache_dir"):
-        value = getattr(data, key)
-        try:
-            Path(value or "").expanduser()
-        except RuntimeError:
-            expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+def _check_names(config: Config, expect: Callable) -> None:
     expect(config.init_from != "", "init_from: must not be empty; null for none")
     if kind(config.network.name) is not Foreign:  # whose options may mean anything
         channels = config.network.options.get("in_channels", 3)
         expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
-    expect(bool(data.cache_dir), "data.cache_dir: must not be empty")
-    needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
-    expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
     expect(bool(config.name), "name: must not be empty")
     for key in ("name", "run"):
         value = getattr(config, key) or ""
@@ -310,17 +322,28 @@ def _check_places(config: Config, expect: Callable) -> None:
         expect(value == shown, f"{key}={shown}: not in UTF-8; set LC_ALL=C.UTF-8")
 
 
-def _check_data(config: Config, expect: Callable) -> None:
-    data = config.data
+def _check_data(data: DataConfig, expect: Callable, one_of: Callable) -> None:
+    one_of("data", data.name, NAMES)
+    for key in ("root", "cache_dir"):
+        value = getattr(data, key)
+        try:
+            Path(value or "").expanduser()
+        except RuntimeError:
+            expect(False, f"data.{key}={value}: there is no home folder here; give data.{key}=FOLDER")
+    expect(bool(data.cache_dir), "data.cache_dir: must not be empty")
+    needs_root = data.name not in ("streets", "folder")  # the one is made, and of the other its reader says more
+    expect(data.root is not None or not needs_root, f"data.root: give the folder of {data.name}")
+    expect(
+        len(data.size) == 2 and all(side > 0 for side in data.size),
+        f"data.size={data.size}: must be [height,width], at least 1 each",
+    )
+    expect(data.choice_seed >= 0, f"data.choice_seed={data.choice_seed}: must not be negative")
     available = images_available(data)
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         key = f"data.{split}_images={wanted}"
         expect(wanted is None or wanted >= 1, f"{key}: must be at least 1, or null for all")
         if wanted is not None and available:
             expect(wanted <= available[split], f"{key}: {data.name} has {available[split]} {split} images")
-    train = data.train_images or (available or {}).get("train")
-    if train and train >= 1:
-        expect(config.minibatch <= train, f"minibatch={config.minibatch}: there are {train} training images")
     if data.name == "streets":
         streets = data.streets
         expect(streets.train >= 1 and streets.val >= 1, "data.streets.train and data.streets.val: must be at least 1")

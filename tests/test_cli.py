@@ -226,7 +226,7 @@ def test_a_compiler_that_is_missing(inside, monkeypatch):
 
 def test_data_program(command, tmp_path):
     done = command("data", "data=streets", "data.root=made", "data.streets.train=3", "data.streets.val=1",
-                   "data.streets.size=[64,128]", "data.size=[32,64]", "data.cache_dir=cache")  # fmt: skip
+                   "data.streets.size=[64,128]", "data.size=[30,50]", "data.cache_dir=cache")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train: 3 samples, 0 missing, 0 broken" in done.stdout and "all files are good" in done.stdout
     assert len(list((tmp_path / "cache").glob("*/images.npy"))) == 2

@@ -149,7 +149,7 @@ def test_small_sizes_that_work(overrides):
     [
         (["minibatch=0"], "minibatch=0: must be at least 1"),
         (["data.size=[100,512]"], "data.size=[100, 512]: segnet takes [height,width] in multiples of 32"),
-        (["data.size=[256]"], "data.size=[256]: segnet takes [height,width]"),
+        (["data.size=[256]"], "data.size=[256]: must be [height,width], at least 1 each"),
         (["lr.base=-0.1"], "lr.base=-0.1: a learning rate must be positive"),
         (["lr.value=0"], "lr.value=0.0: a learning rate must be positive"),
         (["lr.base=inf"], "must be positive and finite"),

@@ -14,8 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from tqdm import tqdm
 
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, to_object
-from agcseg.config import Config, DataConfig
-from agcseg.config import check as check_config
+from agcseg.config import DataConfig, check_data
 from agcseg.data import find_data, open_data
 from agcseg.data.folder import classes_file, draft, folder_layout
 from agcseg.data.labels import CITYSCAPES
@@ -129,7 +128,7 @@ def _progress(items, total: int | None, what: str = "decoding"):
 def _job(cfg) -> None:
     try:
         wanted = to_object(cfg, DataProgram)
-        check_config(Config(data=wanted.data, minibatch=1))
+        check_data(wanted.data)
         if wanted.draft:
             given = HydraConfig.get().overrides.task
             return write_draft(wanted.data, [override for override in given if not override.startswith("draft=")])

@@ -341,6 +341,7 @@ def test_page(page, setting, known, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (setting / "data/mine/classes.yaml").unlink(missing_ok=True)  # more than one page drafts it
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which a network of one's own adds the current folder
     Path("film").mkdir()
     for _, kind_of, text in blocks(page):
         if kind_of == "python" and "def make(num_classes" in text:  # what the page calls mynet.py

@@ -50,6 +50,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(textwrap.dedent(MINE))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    sys.modules.pop("mynet", None)  # of a page in docs/, if that ran in this process
     yield "mynet:Net"
     sys.modules.pop("mynet", None)
 

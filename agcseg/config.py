@@ -243,6 +243,10 @@ def check(config: Config) -> None:
     shift = config.noise.shift
     expect(0 <= shift < float("inf"), f"noise.shift={shift}: must be finite and not negative")
     noisy = config.noise.gain or shift
+    expect(
+        not (config.sync_bn and config.norm.name == "mean_only"),
+        "sync_bn=true: torch synchronises norm=bn, and not norm=mean_only",
+    )
     expect(not (config.compile and (noisy or config.gems.mode)), "compile=true: not together with noise or gems")
     expect(
         not (config.graph and config.gems.mode),

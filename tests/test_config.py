@@ -196,6 +196,7 @@ def test_small_sizes_that_work(overrides):
         (["noise.shift=-0.1"], "noise.shift=-0.1: must be finite and not negative"),
         (["noise.shift=nan"], "noise.shift=nan: must be finite"),
         (["noise.gain=0.1", "compile=true"], "compile=true: not together with noise or gems"),
+        (["norm=mean_only", "sync_bn=true"], "sync_bn=true: torch synchronises norm=bn, and not norm=mean_only"),
         (["gems.mode=minibatch", "compile=true"], "compile=true: not together with noise or gems"),
         (["gems.mode=pixel"], "GEMS mode 'pixel' is not known; choose from minibatch, map, sample"),
         (["gems.mode=map", "norm=bn"], "GEMS mode 'map' cannot be used with BatchNorm2d"),

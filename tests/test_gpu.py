@@ -273,6 +273,34 @@ def test_resume_in_another_layout(make, tmp_path, channels_last):
         assert result["val_loss"] == pytest.approx(straight["val_loss"], rel=1e-2)
 
 
+class Dropping(torch.nn.Conv2d):
+    """Drops pixels, and notes the state of the device's generator."""
+
+    states: list[torch.Tensor] = []
+
+    def __init__(self, num_classes):
+        super().__init__(3, num_classes, 1)
+        self.norm = torch.nn.BatchNorm2d(num_classes)
+
+    def forward(self, images):
+        if self.training and images.is_cuda:
+            self.states.append(torch.cuda.get_rng_state())
+        return torch.nn.functional.dropout(self.norm(super().forward(images)), 0.5, self.training)
+
+
+@gpu
+@needs_gpu
+def test_dropout_goes_on_where_it_was(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(Dropping, "states", [])
+    config = make(norm="bn", epochs=2)
+    config.network = NetworkConfig("custom", init=None, factory=f"{__name__}:Dropping")
+    run(config, tmp_path / "straight")
+    for epochs in (1, 2):
+        run(replace(config, epochs=epochs), tmp_path / "broken")
+    straight, broken = torch.stack(Dropping.states).chunk(2)
+    assert torch.equal(straight, broken) and len(straight.unique(dim=0)) == len(straight)
+
+
 @gpu
 @needs_gpu
 def test_programs(make, tmp_path, monkeypatch):

@@ -161,7 +161,8 @@ def test_threads_are_shared_out_unless_the_user_has_set_them():
     chosen = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_VISIBLE_DEVICES": "1,2"}
     kept = job_environment(Device("GPU 2", "2"), 2, Path("s"), chosen)
     assert kept == {**chosen, "CUDA_VISIBLE_DEVICES": "2", "RUN_STATUS_FILE": "s"}
-    assert job_environment(Device("GPU 2", "2"), 2, Path("s"), {})["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    for order in ({}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}):  # numbers of nvidia-smi, whatever the user's are
+        assert job_environment(Device("GPU 2", "2"), 2, Path("s"), order)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 # --- tables: pure functions of the jobs

@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import agcseg.cli.train
 import agcseg.training.passes
-from agcseg.config import Config, DataConfig, GemsConfig, NetworkConfig, NormConfig, RateConfig
+from agcseg.config import Config, DataConfig, GemsConfig, NetworkConfig, NoiseConfig, NormConfig, RateConfig
 from agcseg.errors import UserError
 from agcseg.training import parallel
 from agcseg.training.run import run
@@ -33,10 +34,28 @@ RUNS = {
 }
 
 
+class Dropping(nn.Module):
+    """Drops channels, and has a layer that it does not use."""
+
+    dropped: list[torch.Tensor] = []
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, num_classes, 1)
+        self.idle = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        maps = nn.functional.dropout2d(self.norm(self.stem(images)).exp(), 0.5, self.training)
+        if self.training and not maps.is_meta:
+            self.dropped.append(maps.detach()[:, :, 0, 0] == 0)
+        return self.head(maps)
+
+
 @pytest.fixture(scope="module")
 def pair(streets, tmp_path_factory):
     """What two processes answer to each of the questions in `_process`, and the folder they work in."""
     folder = tmp_path_factory.mktemp("pair")
+    run(small(streets, folder, "segnet", noise=NoiseConfig(0.2), epochs=1), folder / "noise")
     mp.spawn(_process, (folder, streets), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
 
@@ -53,8 +72,13 @@ def _process(rank, folder, streets):
         errors.append(str(error.value))
     for name, values in RUNS.items():
         run(small(streets, folder, **values), folder / name)
+    run(small(streets, folder, "segnet", noise=NoiseConfig(0.2)), folder / "noise")
+    config = small(streets, folder, "segnet", "bn", accumulate=2)
+    config.network = NetworkConfig("custom", init=None, factory="test_parallel:Dropping")
+    run(config, folder / "dropping")
     talks = logging.getLogger("agcseg").isEnabledFor(logging.INFO)
-    torch.save({"answers": answers, "errors": errors, "talks": talks}, folder / f"{rank}.pt")
+    said = {"answers": answers, "errors": errors, "talks": talks, "dropped": Dropping.dropped}
+    torch.save(said, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -136,6 +160,28 @@ def test_a_run_over_two_processes_is_the_run_of_one(pair, streets, tmp_path, nam
     assert [process["talks"] for process in pair[0]] == [True, False]
 
 
+def test_processes_drop_others_and_layers_may_be_idle(pair):
+    first, second = (process["dropped"] for process in pair[0])
+    assert len(first) == 8 and not any(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first[:4], first[4:]))  # of the second epoch
+
+
+def test_noise_that_goes_on_in_more_processes_is_not_the_same_in_each(pair):
+    noises = torch.load(pair[1] / "noise/last.pt", weights_only=True)["noise"]
+    assert len(noises) == 2 and not torch.equal(*noises)
+
+
+def test_processes_that_do_not_train_one_run_are_refused(streets, tmp_path, monkeypatch):
+    """Those of several machines have command lines, and may have disks, of their own."""
+    other = asdict(small(streets, tmp_path, "segnet", seed=2))
+    monkeypatch.setattr(parallel, "from_first", lambda value: value and value | {"config": other})
+    with pytest.raises(UserError, match="another run to train than process 0:\n  seed: 2 there, 1 here"):
+        run(small(streets, tmp_path, "segnet"), tmp_path / "run")
+    monkeypatch.setattr(parallel, "from_first", lambda value: 1 if value == 0 else value)
+    with pytest.raises(UserError, match="process 0 finds 1 epochs done there, process 0 0; .* one folder"):
+        run(small(streets, tmp_path, "segnet"), tmp_path / "run")
+
+
 def test_a_run_of_two_processes_goes_on_in_one(pair, streets, tmp_path):
     folder = shutil.copytree(pair[1] / "segnet", tmp_path / "segnet")
     assert run(small(streets, tmp_path, "segnet", epochs=3), folder)["epochs"] == 3
@@ -208,6 +254,8 @@ def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
 
 def test_a_process_names_no_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="let torchrun start the processes"):
+        parallel.join("auto")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="each process takes a GPU of its own"):
         parallel.join("cuda:0")

@@ -102,6 +102,7 @@ def test_decay_in_the_papers_networks_is_as_by_dimension(norm):
 
 def test_the_average_is_exponential():
     network = nn.BatchNorm2d(2)
+    network.register_buffer("positions", torch.arange(-8, 160))
     average, expected = make_average(network, Config(ema=0.9)), None
     for step in range(4):
         nn.init.constant_(network.weight, step)
@@ -110,6 +111,7 @@ def test_the_average_is_exponential():
         expected = step if expected is None else 0.9 * expected + 0.1 * step
     assert average.module.weight.tolist() == pytest.approx([expected] * 2)
     assert average.module.running_mean.tolist() == pytest.approx([expected] * 2)
+    assert torch.equal(average.module.positions, network.positions)  # of integers there is no average
     assert make_average(network, Config()) is None
 
 

@@ -253,6 +253,16 @@ def test_momentum_match_reaches_the_optimiser(tiny, tmp_path):
     assert (group["momentum"], group["lr"]) == pytest.approx((0.9875, 0.0025))
 
 
+def test_noise_of_another_kind_of_device_begins_anew(tiny):
+    """A GPU's generator has another state, of 16 bytes."""
+    state = begin(tiny(noise=NoiseConfig(0.1)), 19, 4, torch.device("cpu"))
+    own = state.noise.get_state()
+    state.load(state.saved() | {"noise": [torch.zeros(16, dtype=torch.uint8)]})
+    assert torch.equal(state.noise.get_state(), own)
+    state.load(state.saved() | {"noise": [torch.Generator().manual_seed(5).get_state()]})
+    assert state.noise.initial_seed() == 5
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_momentum_follows_its_weights_into_another_memory_layout(tiny, before):
     """A fused optimiser pairs weights and buffers as they lie in memory."""
@@ -549,6 +559,13 @@ def test_divergence_ends_the_run_with_a_reason(tiny, tmp_path):
     result = run(config, tmp_path / "run")
     assert result["state"] == "diverged" and "the loss became" in result["reason"] and "step" in result["reason"]
     assert run(config, tmp_path / "run") == result  # not tried again
+
+
+def test_a_last_step_that_diverges_is_no_end_and_no_best_epoch(tiny, tmp_path):
+    """Its loss was finite; what it made of the weights is seen in validation."""
+    result = run(tiny("none", epochs=1, minibatch=8, lr=RateConfig(value=1e30)), tmp_path / "run")
+    assert (result["state"], result["epochs"]) == ("diverged", 0) and "validation loss became" in result["reason"]
+    assert not (tmp_path / "run/best.pt").exists()
 
 
 def test_divergence_keeps_the_last_finite_epoch(tiny, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def _duration(seconds: float) -> str:
 def _sharing(config: Config) -> str:
     each, processes = config.minibatch // parallel.world(), parallel.world()
     line = f"{processes} processes: each minibatch of {config.minibatch} is {processes} x {each} images"
-    if config.norm.name != "bn":
+    if config.norm.name not in ("bn", "mean_only"):
         return line
     return line + f"; batch statistics over {'all of them' if config.sync_bn else f'the {each} of each process'}"
 

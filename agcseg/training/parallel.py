@@ -33,12 +33,16 @@ def join(name: str) -> str:
         the device of this process, for `agcseg.training.machine.find_device`.
 
     Raises:
-        UserError: there are fewer GPUs than processes, or `name` is one GPU.
+        UserError: there are fewer GPUs than processes, `name` is one GPU, or something else started them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return name
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name}: with torchrun each process takes a GPU of its own; use auto, cuda or cpu")
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "WORLD_SIZE is set and LOCAL_RANK is not: let torchrun start the processes, or unset WORLD_SIZE"
+        )
     local = int(os.environ["LOCAL_RANK"])
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         name = "cpu"

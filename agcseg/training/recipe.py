@@ -1,7 +1,9 @@
 """How weights are moved: the optimiser, what its weight decay leaves alone, the rate from epoch to epoch, averages."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -61,4 +63,12 @@ def make_average(network: nn.Module, config: Config) -> AveragedModel | None:
     """The exponential average of weights and running statistics over steps, `config.ema` of which stays in each."""
     if not config.ema:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    exponential = get_ema_multi_avg_fn(config.ema)
+
+    def average(averaged: Any, current: Any, number: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            exponential(averaged, current, number)
+        else:  # tables of positions and the like: an average is cut off, which makes another number of 5
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)

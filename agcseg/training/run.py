@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -23,11 +24,13 @@ from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibat
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
 from agcseg.networks import kind
+from agcseg.networks.foreign import Foreign
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.environment import environment
 from agcseg.record.files import tell, write, write_json
 from agcseg.record.folder import expect_checkpoint, expect_same_run, finished, lock, new_folder, result_line
+from agcseg.record.identity import differences
 from agcseg.record.pictures import picture
 from agcseg.record.record import Record
 from agcseg.record.tables import lambdas_of, layer_rows
@@ -85,7 +88,7 @@ class Data(NamedTuple):
 
 
 class Diverged(Exception):
-    """The loss is no longer finite."""
+    """A loss is no longer finite."""
 
 
 def run(config: Config, folder: Path) -> dict:
@@ -130,6 +133,9 @@ def run(config: Config, folder: Path) -> dict:
         me["data"] = opened.digests
     except UserError as error:
         opened, unseen = error, str(error).splitlines()[0]
+    differ = differences(parallel.from_first(me), me)
+    if differ:
+        raise UserError(f"process {parallel.rank()} has another run to train than process 0:\n  " + "\n  ".join(differ))
     if config.resume:
         result = parallel.from_first(finished(me, config.epochs, folder, unseen) if first else None)
         if result:
@@ -156,6 +162,12 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     normalisation, classes = {"mean": list(MEAN), "std": list(STD)}, data.layout.classes.to_dict()
     about = me | {"classes": classes, "histogram": data.pixels, "normalisation": normalisation}
     sizes = _go_on_or_start(config, folder, state, about, watched)
+    begun = parallel.from_first(state.epoch)
+    if begun != state.epoch:
+        raise UserError(
+            f"{folder}: process 0 finds {begun} epochs done there, process {parallel.rank()} {state.epoch}; "
+            "the processes of a run need one folder, on a disk that their machines share"
+        )
     log.info(introduction(config, folder, state, data, device))
     model, trained = _wrapped(state.network, config)
     train = make_step(config, state, trained, data.weights)
@@ -199,6 +211,8 @@ def _epoch(config, state: State, data: Data, model, train, device, bar: Bar) -> 
     parallel.share_buffers(state.result)
     num_classes = len(data.layout.classes)
     figures, images, *shown = validate(model, data.val, data.weights, num_classes, config, device)
+    if any(image["labelled_pixels"] and not math.isfinite(image["loss"]) for image in images):  # by the last step
+        raise Diverged(f"the validation loss became {figures['val_loss']} in epoch {state.epoch + 1}")
     iou, epoch, samples = figures.pop("iou"), state.epoch + 1, len(losses) * config.minibatch
     row = {
         "epoch": epoch,
@@ -237,6 +251,8 @@ def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[T
         Diverged: the loss is no longer finite.
     """
     network, epoch = state.network.train(), state.epoch + 1
+    own = np.random.SeedSequence([config.seed, epoch, parallel.rank()]).generate_state(1, np.uint64).item()
+    torch.manual_seed(own)  # of dropout: another one in each process, the same where a run goes on
     losses = torch.empty(state.losses.shape[1:], device=device)
     lambdas, gradient_norm, looked = {}, torch.zeros((), device=device), 0
     order, share = (config.seed, epoch), (parallel.rank(), parallel.world())
@@ -376,10 +392,9 @@ def _wrapped(network: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
     if parallel.world() == 1:
         return model, model
     # Compiled inside: called by DDP, the compiler still splits its graphs where buckets end, so that these overlap.
-    idle_head = network.contour and config.contour.loss == "class_iou"  # of the contour: it gets no gradient
-    return model, nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=idle_head
-    )
+    # What may get no gradient: the contour's head, and whatever others made and do not use.
+    idle = isinstance(network, Foreign) or (network.contour and config.contour.loss == "class_iou")
+    return model, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=idle)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,6 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule and self.schedule.state_dict(),
             "average": self.average and self.average.state_dict(),
-            "rng": torch.get_rng_state(),
             "noise": self.noises,
             "gems": self.gems and self.gems.averages,
             "rows": self.rows,
@@ -100,9 +99,9 @@ class State:
         if self.average:
             self.average.load_state_dict(saved["average"])
         _lay_out(self.optimizer)
-        torch.set_rng_state(saved["rng"])
-        if self.noise:
-            self.noise.set_state(saved["noise"][parallel.rank() % len(saved["noise"])])
+        # Of another number of processes, or another kind of device, each begins with the seed of its own.
+        if self.noise and list(map(len, saved["noise"])) == [len(self.noise.get_state())] * parallel.world():
+            self.noise.set_state(saved["noise"][parallel.rank()])
         if self.gems:
             self.gems.averages = saved.get("gems") or {}
         self.rows, self.layers, self.images = saved["rows"], saved.get("layers", []), saved.get("images", [])

@@ -130,7 +130,7 @@ def _torch(environment: Mapping[str, str]) -> list[tuple[Device, str]] | None:
         return None
     command, order = [sys.executable, "-c", ASK_TORCH], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     try:
-        answer = subprocess.run(command, env={**order, **environment}, capture_output=True, text=True, timeout=120)
+        answer = subprocess.run(command, env={**environment, **order}, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode:
@@ -146,9 +146,9 @@ def job_environment(device: Device, slots: int, status_file: Path, environment: 
         "OMP_NUM_THREADS": str(max(1, cores // slots)),
         "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin take the cores of other jobs: up to 40 times slower
     }
-    if device.visible and "CUDA_VISIBLE_DEVICES" not in environment:
-        unless_set["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi
     own = {"CUDA_VISIBLE_DEVICES": device.visible, "RUN_STATUS_FILE": str(status_file)}
+    if device.visible and "CUDA_VISIBLE_DEVICES" not in environment:
+        own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi
     return {**unless_set, **environment, **own}
 
 

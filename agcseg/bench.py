@@ -458,6 +458,7 @@ def _fits(case: Case) -> bool:
 
 def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 64) -> float:
     """Images per second that cache and minibatch code deliver on the device, with no network."""
+    images = max(images, minibatch)
     with tempfile.TemporaryDirectory() as folder:
         root = make_streets(Path(folder) / "streets", images, 1, size)
         data = DataConfig("streets", str(root), folder, list(size), None, None)

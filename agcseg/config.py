@@ -201,6 +201,8 @@ def build_network(config: Config, num_classes: int = 19, **changes: Any) -> Netw
         "classes_argument": network.classes_argument,
         "size": tuple(config.data.size),
     }
+    if taken := [key for key in network.options if key in ("num_classes", "download", *arguments)]:
+        raise UserError(f"network.options.{taken[0]}: agcseg.build has an argument of this name; give yours another")
     return build(network.name, num_classes=num_classes, **{**arguments, **changes}, **network.options)
 
 
@@ -445,7 +447,7 @@ def _try_foreign(config: Config) -> None:
     disabled, random = logging.root.manager.disable, torch.get_rng_state()
     logging.disable(logging.INFO)  # what became of its norms is told once, where it is trained
     try:
-        module = build_network(config, _number_of_classes(config.data), implementation="literal", pretrained=False)
+        module = build_network(config, _number_of_classes(config.data), implementation="literal", download=False)
     finally:
         logging.disable(disabled)
         torch.set_rng_state(random)

@@ -17,6 +17,7 @@ from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError, expanded
 from agcseg.networks import Network
 from agcseg.record.checkpoint import load_checkpoint, weights_of
+from agcseg.training.machine import channels_last, settings
 
 
 class Trained(NamedTuple):
@@ -65,7 +66,7 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
             f"{list(MEAN)} and std {list(STD)}"
         )
     try:
-        network = build_network(config, len(classes), init=None, pretrained=False)
+        network = build_network(config, len(classes), init=None, download=False)
         network.load_state_dict(weights_of(saved))
     except UserError as error:
         version = "" if config.network.factory else "was written by another version of agcseg: "
@@ -118,21 +119,20 @@ def start_from(
     if norm and trained and norm != trained:
         raise UserError(f"init_from={path}: was trained with norm={trained}, not norm={norm}")
     saved, own = weights_of(checkpoint), network.state_dict()
-    other = sorted(saved.keys() ^ own.keys())
-    other += [
-        key for key in own if key.startswith("encoder") and key not in other and own[key].shape != saved[key].shape
-    ]
-    if other:
-        raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
-    fitting = {key: saved[key] for key in own if own[key].shape == saved[key].shape}
     its = checkpoint.get("classes") or {}
     its = its["names"] if isinstance(its, dict) and its else its
-    if classes is not None and its and [*classes] != [*its] and len(classes) == len(its):
-        with torch.device("meta"):
-            wider = build_network(_config(checkpoint), len(its) + 1, init=None, pretrained=False).state_dict()
-        fitting = {key: fitting[key] for key in fitting if wider[key].shape == fitting[key].shape}
-    network.load_state_dict(fitting, strict=False)
-    new = [key for key in own if key not in fitting]
+    other = sorted(saved.keys() ^ own.keys())
+    new = [key for key in own if key not in other and own[key].shape != saved[key].shape]
+    renamed = classes is not None and its and [*classes] != [*its]
+    if not other and (new or renamed):
+        with torch.random.fork_rng([]):
+            wider = build_network(_config(checkpoint), len(its) + 1, init=None, download=False).state_dict()
+        of_classes = [key for key in own if wider[key].shape != saved[key].shape]
+        other = [key for key in new if key not in of_classes or (classes is not None and len(classes) == len(its))]
+        new = [key for key in own if key in new or (renamed and key in of_classes)]
+    if other:
+        raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
+    network.load_state_dict({key: saved[key] for key in own if key not in new}, strict=False)
     return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
 
 
@@ -142,6 +142,8 @@ def _checkpoint(path: Path, which: str = "last") -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give the folder of a run, such as outputs/demo/RUN")
     if not path.is_dir():
+        if which == "best" and path.name == "last.pt":
+            raise UserError(f"checkpoint=best: {path} is the last one; give its folder, or best.pt")
         return path
     if (path / f"{which}.pt").is_file():
         return path / f"{which}.pt"
@@ -153,7 +155,7 @@ def _checkpoint(path: Path, which: str = "last") -> Path:
 
 @torch.no_grad()
 def logits(trained: Trained, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the network says to images, in the precision that it was trained in.
+    """What the network says to images, in the precision and the memory layout that it was trained in.
 
     Args:
         images: (N, 3, h, w) uint8, RGB, on the network's device, at the size of training.
@@ -161,7 +163,13 @@ def logits(trained: Trained, images: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         float32 logits of the classes, (N, K, h, w), and of the contour, (N, 1, h, w), or None without one.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=trained.config.precision == "bf16"):
+    if channels_last(trained.config.channels_last, images.device):  # rounds otherwise, in bf16 visibly so
+        images = images.contiguous(memory_format=torch.channels_last)
+    precision = trained.config.precision
+    with (
+        settings(precision, torch.are_deterministic_algorithms_enabled()),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
         outputs = trained.network(normalise(images))
     classes, contour = (outputs.classes, outputs.contour) if trained.network.contour else (outputs, None)
     return classes.float(), contour if contour is None else contour.float()

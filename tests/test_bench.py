@@ -186,6 +186,19 @@ def test_data_that_fail_take_no_step_with_them(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 1 and "failed (ZeroDivisionError" in capsys.readouterr().out
 
 
+def test_a_minibatch_larger_than_the_images_made_for_it(monkeypatch):
+    asked = []
+
+    def make(path, images, *rest):
+        asked.append(images)
+        raise InterruptedError
+
+    monkeypatch.setattr(agcseg.bench, "make_streets", make)
+    with pytest.raises(InterruptedError):
+        agcseg.bench.delivery((64, 64), 100, "cpu")
+    assert asked == [100]
+
+
 def test_budget_on_cuda_searches_by_trying(monkeypatch):
     """Whatever tells of no memory, cuDNN in its words too, means that a minibatch does not fit."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100))
@@ -245,6 +258,9 @@ def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
         (["--variants", "bn,agc-gems", "--inference"], "--variants agc-gems: act in training alone"),
         (["--inference", "--data"], "leave --budget, --data and --frontier out"),
         (["--budget", "12"], "give a number with GiB"),
+        (["--budget", "0GiB", "--minibatch", "2"], "--budget finds the minibatch"),
+        (["--threads", "-1"], "--threads: -1: must be a number, at least 1"),
+        (["--rounds", "0"], "--rounds: 0: must be a number, at least 1"),
         (["--device", "cuda:9"], "device=cuda:9: cannot be used here"),
     ],
 )

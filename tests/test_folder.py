@@ -462,7 +462,13 @@ def test_evaluation_on_a_folder_with_labels_of_its_own(tmp_path, capsys):
     (other / "classes.yaml").rename(tmp_path / "other.yaml")
     arguments = [f"data.root={other}", "data.folder.images={split}/{name}", "data.folder.labels=masks/{split}/{name}"]
     assert ended(eval_program, tmp_path / "run", *arguments, f"data.folder.classes={tmp_path}/other.yaml") == 0
-    assert (tmp_path / "run/eval-folder-other-val-training.json").exists()
+    written = tmp_path / "run/eval-folder-other-val-training.json"
+    figures = written.read_text()
+    swapped = CLASSES.replace("[10, 20, 30]", "[9, 9, 9]").replace("[200, 0, 0]", "[10, 20, 30]")
+    (other / "classes.yaml").write_text(swapped.replace("[9, 9, 9]", "[200, 0, 0]"))
+    assert ended(eval_program, tmp_path / "run", *arguments) == 0  # a file of its own counts too
+    shares = [[one["share"] for one in json.loads(text)["classes"]] for text in (figures, written.read_text())]
+    assert shares[1] == [shares[0][1], shares[0][0], shares[0][2]] != shares[0]
     (tmp_path / "other.yaml").write_text("classes: [grass, roof, hedge]\nvoid: {numbers: [255]}")
     assert ended(eval_program, tmp_path / "run", *arguments, f"data.folder.classes={tmp_path}/other.yaml") == 2
     assert "tells grass, roof, tree apart; other has grass, roof, hedge" in capsys.readouterr().err
@@ -477,6 +483,23 @@ def test_evaluation_of_another_folder_takes_all_of_it(tmp_path, capsys):
         assert ended(eval_program, tmp_path / name, f"data.root={other}", f"split={split}") == 0
         assert f"{split}, {images} images" in capsys.readouterr().out
     assert ended(eval_program, tmp_path / "some") == 0 and "val, 1 images" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_single_folder(tmp_path, capsys):
+    """The run's share of its own images, all of others; it has no other splits."""
+    patterns = {"images": "images/{name}", "labels": "labels/{name}"}
+    for name in ("data", "other"):
+        root = write_folder(tmp_path / name, train=5)
+        for kind in ("images", "labels"):
+            shutil.rmtree(root / kind / "val")
+            for path in (root / kind / "train").iterdir():
+                path.rename(root / kind / path.name)
+            (root / kind / "train").rmdir()
+    run(configured(tmp_path / "data", patterns, val_share=0.2), tmp_path / "run")
+    for arguments, said in (([], "val, 1 images"), ([f"data.root={tmp_path / 'other'}"], "val, 5 images")):
+        assert ended(eval_program, tmp_path / "run", *arguments) == 0 and said in capsys.readouterr().out
+    assert ended(eval_program, tmp_path / "run", "split=test") == 2
+    assert "split=test: data has one folder of images, images/{name}, for all splits" in capsys.readouterr().err
 
 
 def test_evaluation_of_other_images_than_the_runs_says_so(tmp_path, capsys):

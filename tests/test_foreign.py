@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import sys
 import textwrap
+from dataclasses import asdict
 from urllib.error import URLError
 
 import numpy as np
@@ -15,12 +16,13 @@ from torch.nn import functional as F
 
 import agcseg
 from agcseg import AGC2d
-from agcseg.config import NetworkConfig, check
+from agcseg.config import Config, NetworkConfig, build_network, check
 from agcseg.errors import UserError
 from agcseg.export import differences, export
 from agcseg.networks.foreign import OF_UNITS, TORCHVISION, Foreign
 from agcseg.nn import NORMS, layer_signals
 from agcseg.record.tables import lambdas_of, layer_rows
+from agcseg.trained import start_from
 from agcseg.training.run import run
 
 MINE = '''
@@ -81,7 +83,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(UserError, match="its weights cannot be downloaded .*no network"):
         agcseg.build("lraspp_mobilenet_v3_large", norm="bn", weights_backbone="DEFAULT")
-    agcseg.build("lraspp_mobilenet_v3_large", norm="bn", weights_backbone="DEFAULT", pretrained=False)
+    agcseg.build("lraspp_mobilenet_v3_large", norm="bn", weights_backbone="DEFAULT", download=False)
 
 
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if norm not in OF_UNITS])
@@ -199,6 +201,7 @@ def test_wrong_things_get_a_sentence(mine, tmp_path, options, message):
         (["gems.mode=minibatch"], "noise and gems: not in mine"),
         (["network.init=xavier"], "network.init=xavier: choose from he"),
         (["network.factory=mynet:Other"], "mynet has no Other"),
+        (["+network.options.width=3"], "network.options.width: agcseg.build has an argument of this name"),
         (["+network.options.depth=3"], "its factory takes no depth; it takes classes, channels"),
     ],
 )
@@ -247,6 +250,38 @@ def test_a_run_and_what_follows(mine, tiny, tmp_path):
     (tmp_path / "mynet.py").unlink()
     with pytest.raises(UserError, match="last.pt: network.factory=mynet:Net: there is no module mynet"):
         agcseg.load(tmp_path / "run")
+
+
+def test_options_that_fetch_weights_reach_the_factory(mine, tmp_path):
+    text = (
+        "from mynet import Net\n\ndef make(classes, pretrained=False):\n    return Net(classes, 4 + 4 * pretrained)\n"
+    )
+    (tmp_path / "timmish.py").write_text(text)
+    own = ["network=custom", "network.factory=timmish:make", "network.classes_argument=classes", "norm=bn"]
+    its = config(*own, "data.size=[96,128]", "+network.options.pretrained=true")
+    check(its)
+    assert build_network(its).network.late.num_features == 8
+    assert build_network(its, download=False).network.late.num_features == 4
+
+
+def test_start_from_a_network_of_others(mine, tmp_path):
+    """Only what hangs on the number of classes may differ. Its factory may look at values, as timm's do."""
+    looking = textwrap.dedent(MINE).replace("self.late", "torch.zeros(1).item(); self.late", 1)
+    (tmp_path / "mynet.py").write_text("import torch\n" + looking)
+    its = Config(network=NetworkConfig("mine", factory=mine, classes_argument="classes"))
+    saved = {"config": asdict(its), "classes": {"names": [*"abcde"]}, "network": made(mine).state_dict()}
+    torch.save(saved, tmp_path / "last.pt")
+    before, network = torch.get_rng_state(), made(mine)
+    assert "new" not in start_from(network, tmp_path / "last.pt", classes=[*"abcde"])
+    new = "; new, for other classes: network.head.weight, network.head.bias"
+    torch.set_rng_state(before)
+    assert start_from(network, tmp_path / "last.pt", classes=[*"edcba"]).endswith(new)
+    assert torch.equal(torch.get_rng_state(), before)
+    fewer = agcseg.build("mine", factory=mine, classes_argument="classes", num_classes=3)
+    assert start_from(fewer, tmp_path / "last.pt").endswith(new)
+    for other in ([*"abcde"], [*"abc"], None):
+        with pytest.raises(UserError, match="is a network of another kind, norm or width"):
+            start_from(made(mine, channels=8), tmp_path / "last.pt", classes=other)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("segmentation_models_pytorch"), reason="not installed")

@@ -286,6 +286,19 @@ def test_start_from_other_classes(runs):
         assert new is None or new == {key for key in saved if saved[key].shape != after[key].shape}
 
 
+def test_start_from_as_many_classes_is_of_the_same_widths(runs):
+    names = agcseg.load(runs / "classnet").classes.names
+    network = agcseg.build("classnet", width=0.05, contour_width=9)
+    with pytest.raises(UserError, match=r"is a network of another kind, norm or width \(lateral"):
+        start_from(network, runs / "classnet", classes=names)
+
+
+def test_the_best_of_a_folder_only(runs):
+    with pytest.raises(UserError, match=r"checkpoint=best: .*last.pt is the last one"):
+        agcseg.load(runs / "segnet/last.pt", "best")
+    assert agcseg.load(runs / "segnet/best.pt", "best").path.name == "best.pt"
+
+
 @pytest.mark.parametrize("values", [{"norm": "bn"}, {"width": 0.1}, {"network": "classnet"}])
 def test_start_from_another_network_is_refused(runs, values):
     network = agcseg.build(**{"network": "segnet", "width": 0.05, **values})
@@ -491,13 +504,26 @@ def test_help(program, capsys):
     assert all(f"  {key}=" in said for key in program.KEYS)
 
 
-def test_bf16_run(runs):
-    """A run in bf16 is asked in bf16, and answers in float32."""
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bf16_run(runs, channels_last):
+    """A run in bf16 is asked in bf16 and in its own layout, and answers in float32."""
     trained = agcseg.load(runs / "segnet")
-    half = trained._replace(config=dataclasses.replace(trained.config, precision="bf16"))
+    half = trained._replace(config=dataclasses.replace(trained.config, precision="bf16", channels_last=channels_last))
     images = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = trained.network(normalise(images))
+        expected = trained.network(normalise(images).contiguous(memory_format=layout))
     answer, _ = logits(half, images)
     assert expected.dtype == torch.bfloat16 and answer.dtype == torch.float32 and torch.equal(answer, expected.float())
     assert not torch.equal(answer, logits(trained, images)[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_gpu_rounds_as_in_training(runs, precision, monkeypatch):
+    """torch's own default is TF32 in convolutions."""
+    trained, seen = agcseg.load(runs / "segnet"), []
+    trained = trained._replace(config=dataclasses.replace(trained.config, precision=precision))
+    trained.network.head.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
+    logits(trained, torch.zeros(1, 3, 32, 64, dtype=torch.uint8))
+    assert seen == [precision == "tf32"] and torch.backends.cudnn.allow_tf32 == (precision == "fp32")

@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=_size, default=(256, 512), help="height x width (default: 256x512)")
     add("--width", type=float, default=1.0, help="factor on the network's widths (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--threads", type=_number, help="CPU threads (default: torch's choice)")
     add("--channels-last", action="store_true", help="images and weights in channels-last order")
-    add("--rounds", type=int, default=7, help="how often the variants take turns (default: 7)")
+    add("--rounds", type=_number, default=7, help="how often the variants take turns (default: 7)")
     add("--inference", action="store_true", help="forward only, in eval mode; times only, and other default variants")
     add("--no-memory", action="store_true", help="times only, on a CPU all in one process: a quick look")
     add("--budget", type=_bytes, help="find the largest minibatch within so much memory, such as 12GiB, instead")
@@ -119,7 +119,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     trained = [variant for variant in variants if variant in TRAINED]
     if trained and arguments.inference:
         raise UserError(f"--variants {','.join(trained)}: act in training alone; measure them without --inference")
-    if arguments.inference and (arguments.budget or arguments.data or arguments.frontier):
+    if arguments.inference and (arguments.budget is not None or arguments.data or arguments.frontier):
         raise UserError("--inference measures forward passes: leave --budget, --data and --frontier out")
     cases = [
         Case(
@@ -145,7 +145,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         + (", inference" if arguments.inference else "")
     )
     print(where, flush=True)
-    if arguments.budget:
+    if arguments.budget is not None:
         return _budget(cases, arguments, where)
     if arguments.frontier:
         rows = frontier_table(cases, lambda rows: write_results(arguments.out, rows, where, name="frontier"))
@@ -229,11 +229,14 @@ def _precisions(text: str) -> list[str]:
     return ["fp32", "bf16"] if text == "both" else _names(("fp32", "tf32", "bf16"))(text)
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number, at least 1")
+    return int(text)
+
+
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return numbers
+    return [_number(part) for part in text.split(",")]
 
 
 def _size(text: str) -> tuple[int, int]:

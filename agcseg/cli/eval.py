@@ -20,13 +20,14 @@ from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
-from agcseg.training.machine import find_device, out_of_memory, settings
+from agcseg.training.machine import find_device, out_of_memory
 
 FOLDER = ("images", "labels", "instances", "classes")  # of data=folder
 KEYS = {
     "checkpoint": "last",
     "data": str,
     "data.root": str,
+    "data.cache_dir": str,
     **{f"data.folder.{key}": str for key in FOLDER},
     "split": "val",
     "images": int,
@@ -47,10 +48,12 @@ keys:
   data=NAME            cityscapes, camvid, streets or folder; what the run was trained on, if not given. Its classes
                        must be the run's
   data.root=FOLDER     where it lies, if elsewhere than for the run
+  data.cache_dir=FOLDER           where the built-in streets are made, if elsewhere than for the run
   data.folder.images=PATTERN      of data=folder, if otherwise than for the run: see docs/your-data.md
   data.folder.labels=PATTERN
   data.folder.instances=PATTERN
-  data.folder.classes=FILE        numbers or colours of the labels; those that the run knows, if not given
+  data.folder.classes=FILE        numbers or colours of the labels; if not given, those of the file of this name in
+                       data.root, if elsewhere than for the run, else those that the run knows
   checkpoint=last      which of the run's weights: last, or best, those of the lowest validation pixel error
   split=val            or train, or whatever the data set has labels for (CamVid: test)
   images=N             a fixed, seeded choice of N images; if not given, those of the run on its own data, all of other
@@ -95,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         if not os.access(base, os.W_OK):
             raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
-        with settings(trained.config.precision):
-            figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
+        figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
         note = _others(trained, [sample.name for sample in samples], figures["digest"], keys)
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
@@ -136,17 +138,17 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
         data,
         root=None if given is None else str(given),
         folder=replace(data.folder, **where),
-        cache_dir=str(_found(data.cache_dir, trained.path)),
+        cache_dir=keys["data.cache_dir"] or str(_found(data.cache_dir, trained.path)),
     )
-    known = trained.classes if own.name == data.name == "folder" and not keys["data.folder.classes"] else None
+    named = keys["data.folder.classes"] or (given and given != its and (given / data.folder.classes).is_file())
+    known = trained.classes if own.name == data.name == "folder" and not named else None
     layout, root = find_data(data, lambda line: None, known)
     root = root.resolve()
     elsewhere = keys["data"] in (None, own.name) and (its is None or its.exists())  # else it may have moved
     if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
         return data, layout, root, data.name
     if elsewhere:  # other data, of which the run chose no part
-        share = data.val_share if data.name == "folder" and "{split}" not in data.folder.images else None
-        data = replace(data, train_images=None, val_images=None, val_share=share)
+        data = replace(data, train_images=None, val_images=None, val_share=None)
     return data, layout, root, f"{data.name}-{root.name}"
 
 

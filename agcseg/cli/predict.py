@@ -9,7 +9,7 @@ from agcseg.cli import parse_run, program, show
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError, by_cause, expanded
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
-from agcseg.training.machine import find_device, out_of_memory, settings
+from agcseg.training.machine import find_device, out_of_memory
 
 KEYS = {
     "checkpoint": "last",
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         trained.network.to(device)
         names, written = {path: name for name, path in images.items()}, []
         bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
-        with bar, settings(trained.config.precision):
+        with bar:
 
             def skip(error: UserError) -> None:
                 bad.append(error)

@@ -224,6 +224,8 @@ def list_samples(
         UserError: anything is missing; it says what was looked for, what the tree should look like and where it comes
             from.
     """
+    if split not in SPLITS and "{split}" not in layout.images:
+        raise UserError(f"split={split}: {layout.title} has one folder of images, {layout.images}, for all splits")
     samples, problems, no_instance, unused = scan(layout, root, split)
     if problems or (instances and no_instance):
         raise UserError(not_found(layout, root, problems + no_instance * instances))

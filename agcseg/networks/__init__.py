@@ -36,7 +36,7 @@ def build(
     norm_options: dict[str, Any] | None = None,
     factory: str | Callable[..., nn.Module] | None = None,
     classes_argument: str = "num_classes",
-    pretrained: bool = True,
+    download: bool = True,
     size: tuple[int, int] = (256, 256),
     **options: Any,
 ) -> Network:
@@ -57,7 +57,7 @@ def build(
         factory: a callable that makes a network of somebody else's, or "package.module:function"; the current folder
             is searched too. See `agcseg.networks.foreign.Foreign` for what it may give.
         classes_argument: the factory's argument for the number of classes.
-        pretrained: False leaves out options by which a factory would fetch trained weights.
+        download: False leaves out options by which a factory would fetch trained weights.
         size: of images, (height, width), that a network of others is tried on, without computing.
         **options: further keyword arguments of the network or the factory, such as `in_channels`, `head_norm` (SegNet),
             `contour_width` (ClassNet) or `weights_backbone` (torchvision).
@@ -86,7 +86,7 @@ def build(
         return ours
     if factory is None:
         factory, options = f"torchvision.models.segmentation:{network}", {"weights_backbone": None, **options}
-    if not pretrained:
+    if not download:
         options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
     fuse = implementation == "fast"
     foreign, told = build_foreign(

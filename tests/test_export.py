@@ -198,6 +198,19 @@ def test_program(torch_program, tmp_path, monkeypatch, capsys):
     assert "network.pt2 cannot be written; give another file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("wrong", "left"), [({1}, 0), ({1, 2}, 1)])
+def test_one_tie_in_the_deepest_maps_is_no_difference(monkeypatch, wrong, left):
+    one, calls = trained(), []
+
+    def run(images):
+        calls.append(images)
+        return (outputs(one.network, normalise(images))[0] + (len(calls) in wrong),)
+
+    monkeypatch.setattr("agcseg.export.loaded", lambda content, format: run)
+    assert [beyond for _, _, beyond in differences(one, b"", "torch")] == [left, 0, 0]
+    assert len(calls) == 4 and not torch.equal(calls[0], calls[1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -174,6 +174,9 @@ def test_what_several_calls_measured_is_one_table(tmp_path, capsys):
     assert "a GPU, today\n\n| network | variant |" in capsys.readouterr().out
     assert "| segnet | agc | 1 | fp32 | 10.5 |" in (tmp_path / "bench.md").read_text()
     assert main(["--show", str(tmp_path / "c"), "--out", str(tmp_path)]) == 2
+    before = (tmp_path / "a/bench.csv").read_text()
+    assert main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "a")]) == 2
+    assert (tmp_path / "a/bench.csv").read_text() == before
 
 
 def test_data_that_fail_take_no_step_with_them(tmp_path, monkeypatch, capsys):

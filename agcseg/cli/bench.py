@@ -200,6 +200,8 @@ def _budget(cases: list[Case], arguments: argparse.Namespace, where: str) -> int
 
 def _show(folders: list[Path], out: Path) -> int:
     """One table and one picture of what several calls have measured."""
+    if len(folders) > 1 and out.resolve() in [folder.resolve() for folder in folders]:
+        raise UserError(f"--out {out}: the table of all would replace what was measured there; give another folder")
     found = [read_results(folder / "bench.csv") for folder in folders if (folder / "bench.csv").exists()]
     if not found:
         raise UserError(f"--show: no bench.csv in {', '.join(map(str, folders))}")

@@ -61,6 +61,17 @@ def test_settings_are_stated_and_taken_back(precision, tf32, deterministic):
     assert now() == before
 
 
+def test_settings_leave_a_warning_a_warning():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for deterministic in (True, False):
+            with settings("fp32", deterministic):
+                assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_channels_last(monkeypatch):
     cpu = torch.device("cpu")
     assert channels_last("auto", torch.device("cuda", 0)) and not channels_last(False, torch.device("cuda", 0))

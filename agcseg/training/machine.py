@@ -95,6 +95,7 @@ def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
     flags = (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")
     flags += ((torch.backends.cudnn, "benchmark"), (torch.utils.deterministic, "fill_uninitialized_memory"))
     before, were_deterministic = [getattr(*flag) for flag in flags], torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     tf32 = precision == "tf32"
@@ -102,12 +103,12 @@ def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
     try:
         for (module, name), value in zip(flags, values, strict=True):
             setattr(module, name, value)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         yield
     finally:
         for (module, name), value in zip(flags, before, strict=True):
             setattr(module, name, value)
-        torch.use_deterministic_algorithms(were_deterministic)
+        torch.use_deterministic_algorithms(were_deterministic, warn_only=warn_only)
 
 
 def channels_last(wanted: bool | str, device: torch.device) -> bool:

@@ -264,7 +264,7 @@ def stopped(program: str) -> NoReturn:
 def fail(program: str, error: UserError | OSError) -> NoReturn:
     """End the program as a user's mistake deserves: the message alone, exit code 2. Of several processes of a torchrun,
     which all find the mistake, one says so."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         from agcseg.training.parallel import first_to_tell
 
         if not first_to_tell():

@@ -110,7 +110,7 @@ def main() -> None:
 def _main() -> None:
     arguments = hydra_arguments("agcseg-train", sys.argv[1:], Config)
     sweep = get_args_parser().parse_args(arguments).multirun  # which may be said in fewer letters
-    if sweep and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if sweep and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
     _refuse_folders(arguments)
     sys.argv[1:] = with_own_hydra(arguments)

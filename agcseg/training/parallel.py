@@ -35,7 +35,7 @@ def join(name: str) -> str:
     Raises:
         UserError: there are fewer GPUs than processes, `name` is one GPU, or something else started them.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return name
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name}: with torchrun each process takes a GPU of its own; use auto, cuda or cpu")
@@ -74,7 +74,7 @@ def leave(code: int = 0) -> None:
 
 def first_to_tell() -> bool:
     """Whether no other process of this run has told of an error before. A mistake of the user's is found by each."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return True
     try:
         meeting = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -169,6 +169,21 @@ def test_table_has_the_hand_computed_values(tmp_path):
     assert pairs["GEMS sample"]["error, points"] == "-10.0" and pairs["GEMS sample"]["loss"] == "-0.200"
 
 
+def test_columns_of_one_name_lose_nothing(tmp_path):
+    settings = [{"norm.options.mean_scale": scale} for scale in (0, 1)]
+    settings += [{"norm.name": "center", "norm.options": {"mean_scale": scale}} for scale in (0.0, 1.0)]
+    make_sweep(tmp_path / "norms", settings, seeds=(1,))
+    assert {(row["norm"], row["λ"]) for row in table(tmp_path / "norms").values()} == {
+        ("AGC", "from 0"), ("AGC", "from 1"), ("center", "0"), ("center", "1"),
+    }  # fmt: skip
+    assert main([str(tmp_path / "norms")]) == 0
+    assert "which differ in norm, λ. " in (tmp_path / "norms/report.md").read_text()
+    flips = [{}, {"data.flip": True}, {"augment.flip": 0.5}]
+    make_sweep(tmp_path / "flips", flips, seeds=(1,))
+    rows = [*table(tmp_path / "flips").values()]
+    assert len({(row["flip"], row["augment.flip"]) for row in rows}) == 3, rows
+
+
 def test_differences_are_paired_by_seed(tmp_path):
     make_sweep(tmp_path, GEMS, epochs=3, error=lambda number, seed: 20 + 10 * seed + 0.5 * number)
     assert table(tmp_path)["no GEMS"]["error, %"] == "**40.0 ± 24.8**"

@@ -130,7 +130,7 @@ def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
         texts.append(f"{sum(there)} of the {len(RUNS)} settings of Figure 1 are there.")
     elif len(groups) > 1:
         keys = [key.rpartition(":")[2].replace("_", " ") for key in compare.varying([*first.values()])]
-        texts.append(f"{len(groups)} settings, which differ in {', '.join(keys)}.")
+        texts.append(f"{len(groups)} settings, which differ in {', '.join(dict.fromkeys(keys))}.")
     others = Counter(run.state for run in runs if run.state != "finished")
     texts += [f"Not all finished: {', '.join(f'{n} {state}' for state, n in others.items())}."] * bool(others)
     means = measured(groups)["error, %"].groupby("setting").mean()
@@ -167,7 +167,12 @@ def settings_table(groups: Settings) -> pd.DataFrame:
     if 0 < len(keys) <= MOST_COLUMNS:
         for key in keys:
             heading = key.rpartition(":")[2].rpartition(".")[2].replace("_", " ")
-            table[heading] = [_cell(heading, first[name].words.get(key, "")) for name in names]
+            cells = [_cell(heading, first[name].words.get(key, "")) for name in names]
+            if heading in table and ":" in key:  # another norm's or network's, such as λ of AGC and of center
+                cells = [cell or other for cell, other in zip(cells, table[heading], strict=True)]
+            elif heading in table:
+                heading = key
+            table[heading] = cells
     else:
         table["setting"] = names
     table["n"] = _counts(values, groups, [[name] for name in names])

@@ -1,5 +1,6 @@
 """What a run ran with: code, machine and packages."""
 
+import functools
 import platform
 import shlex
 import subprocess
@@ -34,10 +35,14 @@ def environment(device: torch.device) -> dict:
         "driver": _driver() if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "system": platform.platform(),
-        "packages": dict(
-            sorted({d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}.items())
-        ),
+        "packages": _packages(),
     }
+
+
+@functools.cache  # for two lines the whole description of each package is read
+def _packages() -> dict[str, str]:
+    headers = [distribution.metadata for distribution in distributions()]
+    return dict(sorted((one["Name"], one["Version"]) for one in headers if one["Name"]))
 
 
 def _git(*arguments: str) -> str | None:

@@ -156,7 +156,7 @@ def test_contour_width_and_size():
 def test_a_run(tiny, tmp_path):
     def config(**values):
         made = tiny(network=NetworkConfig("classnet", width=0.05, init="he_centered"), minibatch=2, **values)
-        made.data.size = [128, 128]
+        made.data.size, made.data.train_images = [128, 128], 4
         return made
 
     result = run(config(epochs=2), tmp_path / "run")

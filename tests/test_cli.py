@@ -1,6 +1,8 @@
 """The programs as a user meets them, in processes of their own where that matters."""
 
+import contextlib
 import errno
+import importlib
 import io
 import json
 import logging
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_data import write_cityscapes
+
+import agcseg.cli.data
 
 
 @pytest.fixture
@@ -34,17 +38,18 @@ def small(streets, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_diverged_and_a_refused_run_do_not_stop_a_sweep(command, small, tmp_path):
+def test_a_diverged_and_a_refused_run_do_not_stop_a_sweep(command, inside, small, tmp_path):
     done = command("train", "-m", *small, "norm=none", "lr.value=1e30,-1,0.01", "name=three", "epochs=3")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     states = [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("outputs/three/*/result.json"))]
     assert sorted(states) == ["diverged", "finished"]
     assert "lr.value=-1.0: a learning rate must be positive" in done.stderr
     assert "3 runs: 1 diverged, 1 failed, 1 finished" in done.stdout
-    basic = command("train", "-m", *small, "norm=none", "lr.value=-1,0.01", "name=three", "epochs=3",
-                    "hydra/launcher=basic")  # fmt: skip
-    assert basic.returncode == 1 and "Traceback" not in basic.stdout + basic.stderr
-    assert "lr.value=-1.0: a learning rate must" in basic.stderr and "nothing left to do" in basic.stdout
+    basic = ["hydra/launcher=basic", "lr.value=-1,0.01,0.02"]
+    code, said = inside("-m", *small, "norm=none", "name=three", "epochs=3", *basic)
+    assert code == 1 and "Traceback" not in said and "lr.value=-1.0: a learning rate must" in said
+    states = [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("outputs/three/*/result.json"))]
+    assert sorted(states) == ["diverged", "finished", "finished"]
 
 
 def test_a_terminated_run_goes_on_with_the_same_command(small, tmp_path):
@@ -245,16 +250,29 @@ def test_data_program_lists_every_fault(command, tmp_path):
         "64x128, expected 1024x2048",
     ):
         assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data=streets", "data.root=file/streets"], 2, "cannot be read or written (Not a directory)"),
+        (["data.root=nowhere"], 1, "leftImg8bit_trainvaltest.zip"),
+    ],
+)
+def test_data_program_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    unwritable = command("data", "data=streets", "data.root=file/streets")
-    assert unwritable.returncode == 2 and "cannot be read or written (Not a directory)" in unwritable.stderr
-    assert "Traceback" not in unwritable.stderr
-    missing = command("data", "data.root=nowhere")
-    assert missing.returncode == 1 and "leftImg8bit_trainvaltest.zip" in missing.stdout
+    monkeypatch.setattr("sys.argv", ["agcseg-data", *arguments])
+    with pytest.raises(SystemExit) as end:
+        agcseg.cli.data.main()
+    said = "".join(capsys.readouterr())
+    assert end.value.code == code and message in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("program", ["train", "data", "report", "export"])
-def test_help_starts_with_what_it_does(command, program):
-    done = command(program, "--help")
-    assert done.returncode == 0 and f"agcseg-{program}" in done.stdout.splitlines()[0]
-    assert "outputs/" in done.stdout or program == "data"
+def test_help_starts_with_what_it_does(program, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"agcseg-{program}", "--help"])
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"agcseg.cli.{program}").main()
+    said = capsys.readouterr().out
+    assert f"agcseg-{program}" in said.splitlines()[0] and ("outputs/" in said or program == "data")

@@ -31,9 +31,9 @@ def test_the_sweep_runs_these_twelve_once_for_each_seed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(agcseg.cli.train, "run", run)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", "experiment=figure1", "hydra/launcher=basic", "seed=1,2"])
+    monkeypatch.setattr(sys, "argv", ["agcseg-train", "-m", "experiment=figure1", "hydra/launcher=basic", "seed=7"])
     agcseg.cli.train.main()
-    assert len(started) == 24 and len({folder for *_, folder in started}) == 24
+    assert len(started) == 12 and len({folder for *_, folder in started}) == 12
     for setting in RUNS:
-        assert sorted(seed for found, seed, _ in started if found == setting) == [1, 2]
-    assert "outputs/figure1/segnet-bn-mb8-lr0.08-seed2" in {folder for *_, folder in started}
+        assert sorted(seed for found, seed, _ in started if found == setting) == [7]
+    assert "outputs/figure1/segnet-bn-mb8-lr0.08-seed7" in {folder for *_, folder in started}

@@ -103,12 +103,17 @@ def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
     try:
         for (module, name), value in zip(flags, values, strict=True):
             setattr(module, name, value)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        _use_deterministic_algorithms(deterministic, warn_only)
         yield
     finally:
         for (module, name), value in zip(flags, before, strict=True):
             setattr(module, name, value)
-        torch.use_deterministic_algorithms(were_deterministic, warn_only=warn_only)
+        _use_deterministic_algorithms(were_deterministic, warn_only)
+
+
+def _use_deterministic_algorithms(wanted: bool, warn_only: bool) -> None:
+    if wanted != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler to be told: 1.5 seconds
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 def channels_last(wanted: bool | str, device: torch.device) -> bool:

@@ -388,7 +388,7 @@ def test_minibatches_are_those_of_the_cpu(make, contours):
 
 
 def step(variant, **values):
-    case = Case("segnet", variant, **{"minibatch": 1, "precision": "bf16", "size": (128, 256), "width": 0.25, **values})
+    case = Case("segnet", variant, **{"minibatch": 2, "precision": "bf16", "size": (128, 256), "width": 0.25, **values})
     return Step(replace(case, device=str(find_device("auto")), channels_last=True))
 
 

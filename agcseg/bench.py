@@ -8,6 +8,7 @@ within seconds of each other.
 import contextlib
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -384,7 +385,8 @@ def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
     Returns:
         the minibatch (0: not even one image fits), and how it was found. On CUDA the process is limited to the budget
         and minibatches are tried, by doubling and then halving the interval. On the CPU it follows from the peaks at
-        minibatch 1 and 3, which grow linearly.
+        minibatch 1 and 3, and then from those at the minibatches found, until it is one that was measured. The first
+        of these is a quarter smaller, as the first images take less than those after them.
 
     Raises:
         Failed: a step failed for another reason than memory.
@@ -393,9 +395,26 @@ def largest_minibatch(case: Case, budget: int) -> tuple[int, str]:
         with contextlib.closing(_in_a_process("fitting", case, budget)) as answers:
             return next(answers)["largest"], "tried"
     one, three = (_first(replace(case, minibatch=n)) for n in (1, 3))
-    each = (three["peak_mib"] - one["peak_mib"]) / 2
-    fixed = one["peak_mib"] - each + 4 * one["parameters"] / 2**20  # gradients and momentum; the weights themselves
-    return max(0, int((budget / 2**20 - fixed) / each)), "from the peaks at minibatch 1 and 3"
+    room = budget / 2**20 - 4 * one["parameters"] / 2**20  # beside the weights; peaks hold gradients and momentum
+    peaks = {1: one["peak_mib"], 3: three["peak_mib"]}
+    found = _fitting(peaks, room)
+    wanted = found - found // 4
+    while wanted not in peaks and wanted > 3 and len(peaks) < 7:
+        peaks[wanted] = _first(replace(case, minibatch=wanted))["peak_mib"]
+        wanted = found = _fitting(peaks, room)
+    *some, last = sorted(peaks)
+    return found, f"from the peaks at minibatch {', '.join(map(str, some))} and {last}"
+
+
+def _fitting(peaks: dict[int, float], room: float) -> int:
+    """The largest minibatch whose peak is at most `room`, by the line through the two measured ones next to it."""
+    sizes = sorted(peaks)
+    above = next((i for i, size in enumerate(sizes) if peaks[size] > room), len(sizes))
+    low, high = sizes[max(0, min(above, len(sizes) - 1) - 1) :][:2]
+    each = (peaks[high] - peaks[low]) / (high - low)
+    if each <= 0:
+        raise Failed(f"the peak does not grow from minibatch {low} to {high}")
+    return max(0, low + math.floor((room - peaks[low]) / each))
 
 
 def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:

@@ -19,6 +19,7 @@ from agcseg.bench import (
     SHARES,
     VARIANTS,
     Case,
+    Failed,
     Step,
     course,
     fitting,
@@ -174,6 +175,12 @@ def test_what_several_calls_measured_is_one_table(tmp_path, capsys):
     assert "a GPU, today\n\n| network | variant |" in capsys.readouterr().out
     assert "| segnet | agc | 1 | fp32 | 10.5 |" in (tmp_path / "bench.md").read_text()
     assert main(["--show", str(tmp_path / "c"), "--out", str(tmp_path)]) == 2
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["--show", str(tmp_path / "a"), str(tmp_path / "c")]) == 0  # without --out nothing is written
+    said = capsys.readouterr()
+    assert "| segnet | bn |" in said.out and f"no bench.csv in {tmp_path / 'c'}: left out" in said.err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before = (tmp_path / "a/bench.csv").read_text()
     assert main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "a")]) == 2
     assert (tmp_path / "a/bench.csv").read_text() == before
@@ -240,15 +247,22 @@ def test_a_budget_that_fails_is_a_row_too(tmp_path, monkeypatch, capsys):
     assert "at most 12 GiB for torch" in text
 
 
-def test_budget_on_the_cpu_is_a_straight_line(monkeypatch):
-    """Weights 1 MiB; gradients and momentum 2 MiB and 5 MiB per image above that: 33 MiB hold six images."""
-    peaks = {1: 7.0, 3: 17.0}
-    monkeypatch.setattr(
-        agcseg.bench,
-        "_first",
-        lambda case: {"peak_mib": peaks[case.minibatch], "parameters": 2**18},
-    )
-    assert [largest_minibatch(case(), mib * 2**20)[0] for mib in (2, 7, 8, 33)] == [0, 0, 1, 6]
+def test_budget_on_the_cpu_follows_from_peaks(monkeypatch):
+    """Weights 1 MiB; gradients and momentum 2 MiB, and 5 MiB for an image, 7 from the fifth on."""
+    tried = []
+
+    def first(case):
+        tried.append(n := case.minibatch)
+        return {"peak_mib": 2.0 + 5 * n + 2 * max(0, n - 4), "parameters": 2**18}
+
+    monkeypatch.setattr(agcseg.bench, "_first", first)
+    assert [largest_minibatch(case(), mib * 2**20)[0] for mib in (2, 7, 8, 13, 33, 36, 37)] == [0, 0, 1, 2, 5, 5, 6]
+    tried.clear()
+    largest, how = largest_minibatch(case(), 695 * 2**20)
+    assert largest == 100 and 100 in tried and max(tried) < 110 and how.startswith("from the peaks at minibatch 1, 3, ")
+    monkeypatch.setattr(agcseg.bench, "_first", lambda case: {"peak_mib": 9.0, "parameters": 2**18})
+    with pytest.raises(Failed, match="does not grow from minibatch 1 to 3"):
+        largest_minibatch(case(), 2**30)
 
 
 @pytest.mark.parametrize(

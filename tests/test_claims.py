@@ -111,6 +111,13 @@ def test_an_infinite_estimate_is_an_arrow_at_the_edge():
         assert arrow.get_xdata() == [edge]
 
 
+def test_each_side_diverged_in_a_seed_of_its_own(tmp_path):
+    made = lambda of, seed: (of, seed) in ((AGC, 1), (BN, 2))  # noqa: E731
+    (part, *_) = verdict(1, tmp_path, runs=(AGC, BN), diverged=made).parts
+    assert part.measured == "no mean (-inf to +inf)" and part.verdict == NO
+    forest([Verdict(1, "", [part])])
+
+
 def test_a_run_that_diverged_in_its_first_epoch_is_an_answer(tmp_path):
     make_figure1(tmp_path, runs=(*PAIR, *FAST), epochs=12, noise=0.02)
     for name in ("metrics.csv", "steps.npy", "layers.csv", "images.csv"):

@@ -131,11 +131,23 @@ def test_truth_goes_with_the_image():
     assert torch.equal(labels, images[:, 0] // 32) and torch.equal(contours, (images[:, 0] > 200).to(torch.uint8))
 
 
+@pytest.mark.parametrize("scale", [0.6, 0.9, 1.3, 1.9])
+def test_truth_lies_where_the_image_does(scale):
+    """Not half a pixel beside it: of ramps to the right and down, as image and as labels."""
+    ramps = torch.stack([torch.arange(48).expand(32, 48), torch.arange(32)[:, None].expand(32, 48)]) * 5
+    images, labels = ramps[:, None].expand(2, 3, 32, 48).to(torch.uint8), ramps.to(torch.uint8)
+    images, labels = augmented(transform((32, 48), scale=(scale, scale)), (1, 2), range(2), images, labels)
+    inside = labels != IGNORE
+    for image, label, there in zip(images[:, 0].float(), labels.float(), inside, strict=True):
+        apart = (image - label)[there] / 5 * scale  # in pixels of the result
+        assert apart.abs().mean() > 0.01 and apart.mean().abs() < 0.1
+
+
 def test_what_lies_beyond_the_image_does_not_count():
     images, labels, contours = pictures()
     images[:] = 200
     labels[:], contours[:] = 3, 1
-    small = transform((32, 48), scale=(0.5, 0.5))
+    small = transform((32, 48), scale=(0.5, 0.5), hue=0.3)  # which leaves grey as it is
     images, labels, contours = augmented(small, (1, 2), range(6), images, labels, contours)
     inside = labels != IGNORE
     assert inside.sum((1, 2)).tolist() == [16 * 24] * 6 and (labels[inside] == 3).all()

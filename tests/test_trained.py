@@ -165,6 +165,18 @@ def test_evaluation_of_a_few_images_does_not_replace_that_of_all(runs, tmp_path)
         assert json.loads((tmp_path / name).read_text())["images"] == images
 
 
+def test_evaluation_of_a_run_that_diverged_later_says_so(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "segnet", run)
+    result = json.loads((run / "result.json").read_text())
+    for state, epochs, told in (("diverged", 3, True), ("diverged", 1, False), ("finished", 3, False)):
+        (run / "result.json").write_text(json.dumps(result | {"state": state, "epochs": epochs}))
+        assert ended(eval_program, run, "images=1") == 0
+        assert ("the run diverged after epoch 3; its last checkpoint" in "".join(capsys.readouterr())) == told
+    (run / "result.json").write_text("[]")
+    assert ended(eval_program, run, "images=1") == 0
+
+
 def test_evaluation_that_cannot_be_written_does_not_start(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_program, "evaluate", lambda *_: pytest.fail("has started"))
     (tmp_path / "file").touch()

@@ -87,10 +87,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--data", action="store_true", help="also measure what the cache delivers")
     add(
-        "--show", type=Path, nargs="+", metavar="FOLDER", help="measure nothing: one table and picture of these folders"
+        "--show",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="measure nothing: one table of these, with --out a picture too",
     )
-    add("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (default: outputs/bench)")
+    add("--out", type=Path, help="folder of the results (default: outputs/bench; of --show none)")
     arguments = parser.parse_args(argv)
+    if not arguments.show:
+        arguments.out = arguments.out or Path("outputs/bench")
     try:
         return _show(arguments.show, arguments.out) if arguments.show else _bench(arguments)
     except (UserError, OSError) as error:
@@ -198,16 +204,20 @@ def _budget(cases: list[Case], arguments: argparse.Namespace, where: str) -> int
     return int(any("failed" in row for row in rows))
 
 
-def _show(folders: list[Path], out: Path) -> int:
+def _show(folders: list[Path], out: Path | None) -> int:
     """One table and one picture of what several calls have measured."""
-    if len(folders) > 1 and out.resolve() in [folder.resolve() for folder in folders]:
+    if out and len(folders) > 1 and out.resolve() in [folder.resolve() for folder in folders]:
         raise UserError(f"--out {out}: the table of all would replace what was measured there; give another folder")
-    found = [read_results(folder / "bench.csv") for folder in folders if (folder / "bench.csv").exists()]
-    if not found:
-        raise UserError(f"--show: no bench.csv in {', '.join(map(str, folders))}")
+    missing = [str(folder) for folder in folders if not (folder / "bench.csv").exists()]
+    if len(missing) == len(folders):
+        raise UserError(f"--show: no bench.csv in {', '.join(missing)}")
+    if missing:
+        print(f"agcseg-bench: no bench.csv in {', '.join(missing)}: left out", file=sys.stderr)
+    found = [read_results(folder / "bench.csv") for folder in folders if str(folder) not in missing]
     rows = [row for rows, _ in found for row in rows]
     where = " | ".join(dict.fromkeys(where for _, where in found))
-    write_results(out, rows, where)
+    if out:
+        write_results(out, rows, where)
     print(f"{where}\n\n{markdown(rows)}")
     return 0
 

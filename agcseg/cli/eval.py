@@ -1,7 +1,9 @@
 """The program agcseg-eval."""
 
+import contextlib
 import csv
 import io
+import json
 import os
 import sys
 from dataclasses import replace
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
         figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
-        note = _others(trained, [sample.name for sample in samples], figures["digest"], keys)
+        notes = [_behind(trained), _others(trained, [sample.name for sample in samples], figures["digest"], keys)]
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
         size = {"training_size": list(trained.config.data.size)}
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         raise UserError("out of memory; try a smaller minibatch=") from None
     show(f"{title.removesuffix(', in % of the true class')}, {keys['resolution']} resolution, epoch {trained.epoch}")
-    if note:
+    for note in filter(None, notes):
         show(note)
     show(_table(figures))
     show(f"wrote {base}.json\nwrote {base}.png")
@@ -167,6 +169,16 @@ def _samples(trained: Trained, data: DataConfig, layout: Layout, root: Path, key
     if keys["images"] and keys["images"] > len(samples):
         raise UserError(f"images={keys['images']}: there are {len(samples)} {split} images")
     return [samples[i] for i in choose(len(samples), wanted, data.choice_seed)]
+
+
+def _behind(trained: Trained) -> str:
+    """What to say where a run went on after its last checkpoint: diverged, its figures are those of a later epoch."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or edited
+        result = json.loads(trained.path.with_name("result.json").read_text())
+        if trained.path.name == "last.pt" and result["state"] == "diverged" and trained.epoch < result["epochs"]:
+            last = f"its last checkpoint, evaluated here, is of epoch {trained.epoch}"
+            return f"note: the run diverged after epoch {result['epochs']}; {last}"
+    return ""
 
 
 def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:

@@ -26,7 +26,7 @@ def transform(
     saturation: float = 0.0,
     hue: float = 0.0,
 ) -> Callable | None:
-    """What is done to every image, in this order.
+    """What is done to every image: colours first, the rest in the order of the arguments.
 
     Args:
         size: (height, width) of the images.
@@ -40,19 +40,28 @@ def transform(
         a `v2.Compose`, None if that is nothing.
     """
     from torchvision import tv_tensors
-    from torchvision.transforms import v2
+    from torchvision.transforms import InterpolationMode, v2
 
+    class ScaleJitter(v2.ScaleJitter):
+        def transform(self, inpt, params):
+            if not isinstance(inpt, tv_tensors.Mask):
+                return super().transform(inpt, params)
+            # torchvision's own for masks is "nearest", which lies up to half a pixel beside the image
+            resized = v2.functional.resize_image(inpt.as_subclass(Tensor)[None], params["size"], NEAREST)
+            return tv_tensors.wrap(resized[0], like=inpt)
+
+    NEAREST = InterpolationMode.NEAREST_EXACT
     steps: list[v2.Transform] = []
+    if brightness or contrast or saturation or hue:
+        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
     if tuple(scale) != (1, 1):
         side = max(size)  # a square: of another shape it depends on the version which number is the height
-        steps.append(v2.ScaleJitter((side, side), tuple(scale), antialias=True))
-    if steps or crop:
+        steps.append(ScaleJitter((side, side), tuple(scale), antialias=True))
+    if tuple(scale) != (1, 1) or crop:
         fill = {tv_tensors.Image: PADDING, tv_tensors.Mask: IGNORE}
         steps.append(v2.RandomCrop(tuple(crop or size), pad_if_needed=True, fill=fill))
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
-    if brightness or contrast or saturation or hue:
-        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
     return v2.Compose(steps) if steps else None
 
 
@@ -66,7 +75,7 @@ def augmented(
         drawn: seed and epoch.
         places: of the images in the data set.
         images: (N, 3, H, W) uint8.
-        truth: labels, and where there are any contours, (N, H, W) uint8: resized to the nearest.
+        truth: labels, and where there are any contours, (N, H, W) uint8: resized to the nearest pixel.
 
     Returns:
         images, and truth, of the size of the crop.

@@ -76,6 +76,8 @@ class Part(NamedTuple):
         if not self.known:
             return self.estimate.weak
         value, low, high = (f"{number:{self.form}}" for number in self.estimate[:3])
+        if math.isnan(self.estimate.value):
+            value = "no mean"  # each side diverged in a seed of its own
         return value if math.isnan(self.estimate.low) else f"{value} ({low} to {high})"
 
     @property

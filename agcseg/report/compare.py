@@ -377,7 +377,8 @@ def paired(
         leans = not math.isnan(low)
     if all(run.at("pixel_error", epoch) >= run.commonest_class_error for run in runs):
         weak, leans = "no run is better than naming the commonest class", False
-    return Estimate(float(np.mean(gaps)), low, high, basis, weak, leans)
+    with np.errstate(invalid="ignore"):  # of infinite gaps to both sides there is no mean
+        return Estimate(float(np.mean(gaps)), low, high, basis, weak, leans)
 
 
 def by_images(column: str, gap: Callable = sub, scale: float = 1) -> Callable:

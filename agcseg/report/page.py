@@ -342,7 +342,7 @@ def summarise(run: Run) -> dict:
         "val_loss": run.at("val_loss", last), "commonest_class_error": run.commonest_class_error,
         "peak_memory_mib": compare.memory(run, "process"), "training_memory_mib": compare.memory(run),
         "kept_for_backward_mib": compare.memory(run, "kept"),
-        "images_per_second": run.column("images_per_second").median(), "minutes": run.at("seconds", last) / 60,
+        "images_per_second": compare.speed(run), "minutes": run.at("seconds", last) / 60,
     }  # fmt: skip
     return {key: None if value != value else value for key, value in row.items()}
 

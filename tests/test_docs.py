@@ -103,7 +103,7 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
     """Configuration and folder of what agcseg-train would run.
 
     Of a sweep so many jobs that each value on the command line occurs, but for seeds. Of what an experiment's file
-    sweeps, the first; test_config.py checks the others.
+    sweeps, or a pattern takes of a folder, the first; test_config.py checks the others.
     """
     typed = hydra_arguments("agcseg-train", list(arguments), Config)
     overrides = [argument for argument in typed if argument not in ("-m", "--multirun")]
@@ -117,8 +117,9 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
             first = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
             first = [f"{part.key_or_group}={next(part.sweep_string_iterator())}" for part in first]
             chosen, seen = [], set()
+            left_out = ("seed=", *(f"{part.key_or_group}=" for part in swept if "=glob(" in part.input_line))
             for job in BasicSweeper.split_arguments([*parser.parse_overrides(first), *swept], None)[0]:
-                new = {override for override in job if not override.startswith("seed=")} - seen
+                new = {override for override in job if not override.startswith(left_out)} - seen
                 if new or not chosen:
                     chosen.append(list(job))
                     seen |= new

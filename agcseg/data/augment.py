@@ -47,10 +47,10 @@ def transform(
             if not isinstance(inpt, tv_tensors.Mask):
                 return super().transform(inpt, params)
             # torchvision's own for masks is "nearest", which lies up to half a pixel beside the image
-            resized = v2.functional.resize_image(inpt.as_subclass(Tensor)[None], params["size"], NEAREST)
+            exact = InterpolationMode.NEAREST_EXACT
+            resized = v2.functional.resize_image(inpt.as_subclass(Tensor)[None], params["size"], exact)
             return tv_tensors.wrap(resized[0], like=inpt)
 
-    NEAREST = InterpolationMode.NEAREST_EXACT
     steps: list[v2.Transform] = []
     if brightness or contrast or saturation or hue:
         steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))

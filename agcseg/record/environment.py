@@ -42,7 +42,7 @@ def environment(device: torch.device) -> dict:
 @functools.cache  # for two lines the whole description of each package is read
 def _packages() -> dict[str, str]:
     headers = [distribution.metadata for distribution in distributions()]
-    return dict(sorted((one["Name"], one["Version"]) for one in headers if one["Name"]))
+    return dict(sorted((one["Name"], one["Version"]) for one in headers if one and one["Name"]))
 
 
 def _git(*arguments: str) -> str | None:

@@ -47,7 +47,8 @@ is; frontier.csv, frontier.md and frontier.png into --out. Default variants: """
     + ", ".join(FRONTIER)
     + """
 
-written into the folder of --out while it measures: bench.csv, bench.md; at the end bench.png
+written into the folder of --out while it measures: bench.csv, bench.md; at the end bench.png. Of --budget: budget.csv,
+budget.md
 """
 )
 INFERENCE = ["agc-onepass", "agc", "agc-literal", "bn-folded", "bn", "none"]

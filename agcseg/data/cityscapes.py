@@ -29,7 +29,7 @@ STREETS = LAYOUT._replace(
     title="the built-in streets",
     archives=(),
     tree=TREE.replace("{images}", "images, and more under val"),
-    source="agcseg-data data=streets makes them",
+    source="agcseg-data data=streets data.root=FOLDER makes them in a folder that is empty or not there",
     expected=None,
     image_size=None,
 )

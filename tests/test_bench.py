@@ -10,25 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import agcseg.bench
 import agcseg.cli.bench
 from agcseg import ConvUnit
-from agcseg.bench import (
-    FOLDED,
-    MODES,
-    SHARES,
-    VARIANTS,
-    Case,
-    Failed,
-    Step,
-    course,
-    fitting,
-    frontier,
-    kept_for_backward,
-    largest_minibatch,
-    table,
-)
-from agcseg.bench_tables import write_results
+from agcseg.bench import measure
+from agcseg.bench import table as tables
+from agcseg.bench.measure import SHARES, course, fitting, frontier, kept_for_backward
+from agcseg.bench.pages import write_results
+from agcseg.bench.step import FOLDED, MODES, VARIANTS, Case, Step
+from agcseg.bench.table import Failed, largest_minibatch, table
 from agcseg.cli.bench import main
 from agcseg.nn import NORMS
 from agcseg.nn.background import BACKGROUNDS
@@ -145,7 +134,7 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch, capsys):
             kept.append((tmp_path / "bench.md").read_text())
             yield {"step": 0.5, "host": 0.25}
 
-    monkeypatch.setattr(agcseg.bench, "_in_a_process", lambda what, case, memory: step(case, memory))
+    monkeypatch.setattr(tables, "_in_a_process", lambda what, case, memory: step(case, memory))
     arguments = ["--variants", "bn,agc,none", "--rounds", "3", "--size", "32x64", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     assert "| segnet | agc | 1 | fp32 |" in kept[0] and "out of memory" in kept[0] and "500.0" not in kept[0]
@@ -160,7 +149,7 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch, capsys):
 def test_a_process_that_dies_is_a_row_that_says_so(tmp_path, monkeypatch):
     """Killed, or ended by an error of its own; and one that answers."""
     for name, code in (("a", "import os; os.kill(os.getpid(), 9)"), ("b", "raise SystemExit('no such GPU')")):
-        monkeypatch.setattr(agcseg.bench.sys, "executable", str(tmp_path / name))
+        monkeypatch.setattr(tables.sys, "executable", str(tmp_path / name))
         (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.orig_argv[0]} -c "{code}"\n')
         (tmp_path / name).chmod(0o755)
         (row,) = table([case()], 1)
@@ -203,9 +192,9 @@ def test_a_minibatch_larger_than_the_images_made_for_it(monkeypatch):
         asked.append(images)
         raise InterruptedError
 
-    monkeypatch.setattr(agcseg.bench, "make_streets", make)
+    monkeypatch.setattr(measure, "make_streets", make)
     with pytest.raises(InterruptedError):
-        agcseg.bench.delivery((64, 64), 100, "cpu")
+        measure.delivery((64, 64), 100, "cpu")
     assert asked == [100]
 
 
@@ -226,9 +215,9 @@ def test_budget_on_cuda_searches_by_trying(monkeypatch):
             if self.minibatch > 11:
                 raise RuntimeError("GET was unable to find an engine to execute this computation")
 
-    monkeypatch.setattr(agcseg.bench, "Step", Trial)
+    monkeypatch.setattr(measure, "Step", Trial)
     assert list(fitting(case(device="cuda:0"), 25)) == [{"largest": 11}] and limits == [0.25]
-    monkeypatch.setattr(agcseg.bench, "Step", lambda case: 1 / 0)
+    monkeypatch.setattr(measure, "Step", lambda case: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(fitting(case(device="cuda:0"), 25))
 
@@ -236,7 +225,7 @@ def test_budget_on_cuda_searches_by_trying(monkeypatch):
 def test_a_budget_that_fails_is_a_row_too(tmp_path, monkeypatch, capsys):
     def largest(case, budget):
         if case.variant == "agc":
-            raise agcseg.bench.Failed("RuntimeError: a kernel")
+            raise Failed("RuntimeError: a kernel")
         return 7, "tried"
 
     monkeypatch.setattr(agcseg.cli.bench, "largest_minibatch", largest)
@@ -255,12 +244,12 @@ def test_budget_on_the_cpu_follows_from_peaks(monkeypatch):
         tried.append(n := case.minibatch)
         return {"peak_mib": 2.0 + 5 * n + 2 * max(0, n - 4), "parameters": 2**18}
 
-    monkeypatch.setattr(agcseg.bench, "_first", first)
+    monkeypatch.setattr(tables, "_first", first)
     assert [largest_minibatch(case(), mib * 2**20)[0] for mib in (2, 7, 8, 13, 33, 36, 37)] == [0, 0, 1, 2, 5, 5, 6]
     tried.clear()
     largest, how = largest_minibatch(case(), 695 * 2**20)
     assert largest == 100 and 100 in tried and max(tried) < 110 and how.startswith("from the peaks at minibatch 1, 3, ")
-    monkeypatch.setattr(agcseg.bench, "_first", lambda case: {"peak_mib": 9.0, "parameters": 2**18})
+    monkeypatch.setattr(tables, "_first", lambda case: {"peak_mib": 9.0, "parameters": 2**18})
     with pytest.raises(Failed, match="does not grow from minibatch 1 to 3"):
         largest_minibatch(case(), 2**30)
 
@@ -291,7 +280,7 @@ def test_mistakes(arguments, message, capsys):
 
 @pytest.mark.slow
 def test_less_memory_costs_arithmetic(monkeypatch):
-    monkeypatch.setattr(agcseg.bench, "BUDGETS", (1, 0.3))
+    monkeypatch.setattr(measure, "BUDGETS", (1, 0.3))
     (plain,) = frontier(case())
     kept, cut = frontier(case("bn-compiled"))
     assert kept["gflop"] == plain["gflop"] < cut["gflop"] and cut["kept_mib"] < 0.7 * kept["kept_mib"]
@@ -302,7 +291,7 @@ def test_less_memory_costs_arithmetic(monkeypatch):
 
 
 def test_frontier_of_the_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(agcseg.bench, "_in_a_process", lambda what, case: frontier(case))
+    monkeypatch.setattr(tables, "_in_a_process", lambda what, case: frontier(case))
     arguments = ["--frontier", "--variants", "agc", "--width", "0.05", "--size", "32x64", "--out", str(tmp_path)]
     assert main(arguments) == 0
     lines = (tmp_path / "frontier.csv").read_text().splitlines()

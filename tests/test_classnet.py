@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agcseg
 from agcseg import ConvUnit
-from agcseg.bench import Case, Step, kept_for_backward
+from agcseg.bench.measure import kept_for_backward
+from agcseg.bench.step import Case, Step
 from agcseg.config import ContourConfig, NetworkConfig
 from agcseg.losses import image_losses
 from agcseg.nn import INITS, NORMS

@@ -14,9 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from agcseg import build
+from agcseg.check import check
 from agcseg.cli import CONFIGS, hydra_arguments, to_object
 from agcseg.cli.jobs import check_sweep, folder_of
-from agcseg.config import Config, check, momentum, rate
+from agcseg.config import Config, momentum, rate
 from agcseg.errors import UserError
 from agcseg.record.identity import FREE
 

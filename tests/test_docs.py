@@ -39,9 +39,10 @@ import agcseg.cli.eval
 import agcseg.cli.export
 import agcseg.cli.predict
 import agcseg.cli.report
+from agcseg.check import check
 from agcseg.cli import CONFIGS, hydra_arguments, parse_run, to_object
 from agcseg.cli.jobs import folder_of
-from agcseg.config import Config, check
+from agcseg.config import Config
 from agcseg.data import LAYOUTS
 from agcseg.networks import NETWORKS, classnet, segnet
 from agcseg.networks import kind as kind_of_network

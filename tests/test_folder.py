@@ -11,10 +11,11 @@ from PIL import Image
 from test_trained import ended
 
 import agcseg
+from agcseg.check import check
 from agcseg.cli import eval as eval_program
 from agcseg.cli import predict as predict_program
 from agcseg.cli.data import DataProgram, inspect, write_draft
-from agcseg.config import Config, DataConfig, FolderConfig, NetworkConfig, check
+from agcseg.config import Config, DataConfig, FolderConfig, NetworkConfig
 from agcseg.data import find_data, find_samples, open_data
 from agcseg.data.folder import read_classes
 from agcseg.data.labels import CAMVID, CITYSCAPES, IGNORE, UNKNOWN, Classes

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import agcseg
 from agcseg import AGC2d
-from agcseg.config import Config, NetworkConfig, build_network, check
+from agcseg.check import check
+from agcseg.config import Config, NetworkConfig, build_network
 from agcseg.errors import UserError
 from agcseg.export import differences, export
 from agcseg.networks.foreign import OF_UNITS, TORCHVISION, Foreign

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent / "fakegpu"))
 import fakegpu  # noqa: E402
 
 from agcseg import build  # noqa: E402
-from agcseg.bench import Case, Step, largest_minibatch  # noqa: E402
+from agcseg.bench.step import Case, Step  # noqa: E402
+from agcseg.bench.table import largest_minibatch  # noqa: E402
 from agcseg.config import NetworkConfig  # noqa: E402
 from agcseg.data import open_data  # noqa: E402
 from agcseg.data.minibatches import minibatches, open_split, read_ahead  # noqa: E402

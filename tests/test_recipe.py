@@ -12,8 +12,9 @@ from test_config import config
 from torch import nn
 
 import agcseg
+from agcseg.check import check
 from agcseg.cli import eval as cli_eval
-from agcseg.config import AugmentConfig, Config, RateConfig, check, rate
+from agcseg.config import AugmentConfig, Config, RateConfig, rate
 from agcseg.data.augment import augmented, transform
 from agcseg.data.labels import IGNORE
 from agcseg.data.minibatches import Split, minibatches

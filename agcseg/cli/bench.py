@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from agcseg.bench import FOLDED, TRAINED, VARIANTS, Case, Failed, delivery, frontier_table, largest_minibatch, table
-from agcseg.bench_tables import markdown, plain, read_results, write_results
+from agcseg.bench.measure import delivery
+from agcseg.bench.pages import markdown, plain, read_results, write_results
+from agcseg.bench.step import FOLDED, TRAINED, VARIANTS, Case
+from agcseg.bench.table import Failed, frontier_table, largest_minibatch, table
 from agcseg.errors import UserError
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS

@@ -13,8 +13,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from tqdm import tqdm
 
+from agcseg.check import check_data
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, to_object
-from agcseg.config import DataConfig, check_data
+from agcseg.config import DataConfig
 from agcseg.data import find_data, open_data
 from agcseg.data.folder import classes_file, draft, folder_layout
 from agcseg.data.labels import CITYSCAPES

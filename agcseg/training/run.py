@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from agcseg import class_weights
-from agcseg.config import Config, check, momentum, rate
+from agcseg.check import check
+from agcseg.config import Config, momentum, rate
 from agcseg.data import open_data
 from agcseg.data.augment import transform
 from agcseg.data.cache import Cached

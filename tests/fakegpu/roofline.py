@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
-from agcseg.bench import Case, Step
+from agcseg.bench.step import Case, Step
 from agcseg.nn import unit
 from agcseg.training.machine import settings
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of what `agcseg.bench` measures."""
+"""Tables and pictures of what was measured."""
 
 import csv
 import io

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from agcseg.nn import kernels  # noqa: E402
+from agcseg.nn import kernels, triton_kernels  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = ("P", "w", "h", "K", "sp", "sk", "zsp", "zsk", "tt", "tk", "share", "shares", "N", "L", "M")
@@ -19,22 +19,20 @@ FLOATS = ("partial", "mean", "bias", "scale", "d_bias", "d_scale", "filters", "g
 FLOATS += ("sum_grad", "taps", "level", "weights", "factor")
 POOLS = [{"POOL": pool, "SHARES": kernels.SHARES} for pool in (False, True)]
 CASES = {
-    "_sums": [{}],
-    "_activate": [{"KNOWN": known, "SUM": known, **pool} for known in (False, True) for pool in POOLS],
-    "_gate": [{"ADD": new, "POOL": pool} for new in (False, True) for pool in (False, True)],
-    "_spread": POOLS,
-    "_window": [{"GATHER": gather} for gather in (False, True)],
-    "_levels": [{"SHARES": kernels.SHARES, "BK": 16}],
-    "_tap_sums": [{"UNPOOL": unpool, "SHARES": kernels.SHARES, "BP": 256, "BK": 16} for unpool in (False, True)],
-    "_fold": [{"BN": 8, "BK": 2, "BL": 256}],
-    "_fold_back": [{"BN": 8, "BK": 32, "BL": 32}],
-    "_borders": [{}],
-    "_filters": [{"ADD": new, "BK": 2, "BL": 1024} for new in (False, True)],
+    "sums": [{}],
+    "activate": [{"KNOWN": known, "SUM": known, **pool} for known in (False, True) for pool in POOLS],
+    "gate": [{"ADD": new, "POOL": pool} for new in (False, True) for pool in (False, True)],
+    "spread": POOLS,
+    "window": [{"GATHER": gather} for gather in (False, True)],
+    "levels": [{"SHARES": kernels.SHARES, "BK": 16}],
+    "tap_sums": [{"UNPOOL": unpool, "SHARES": kernels.SHARES, "BP": 256, "BK": 16} for unpool in (False, True)],
+    "fold": [{"BN": 8, "BK": 2, "BL": 256}],
+    "fold_back": [{"BN": 8, "BK": 32, "BL": 32}],
+    "borders": [{}],
+    "filters": [{"ADD": new, "BK": 2, "BL": 1024} for new in (False, True)],
 }
-CASES |= {
-    name: [{"WEIGHTED": True, "IGNORE": 255, "BK": 32, "BP": 128}] for name in ("_class_loss", "_class_loss_back")
-}
-WARPS = {"_levels": 4, "_fold": 4, "_borders": 4, "_filters": 4}  # the others have 8
+CASES |= {name: [{"WEIGHTED": True, "IGNORE": 255, "BK": 32, "BP": 128}] for name in ("class_loss", "class_loss_back")}
+WARPS = {"levels": 4, "fold": 4, "borders": 4, "filters": 4}  # the others have 8
 
 
 @pytest.mark.slow
@@ -43,11 +41,11 @@ WARPS = {"_levels": 4, "_fold": 4, "_borders": 4, "_filters": 4}  # the others h
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_registers_suffice(name, channels_last, architecture, tmp_path):
-    kernel, bk = getattr(kernels, name), 64 if channels_last else 4
+    kernel, bk = getattr(triton_kernels, name), 64 if channels_last else 4
     unknown = {"shares", *(kernel.do_not_specialize or ())}
     for case in CASES[name]:
         tile = {"BP": kernels.TILE // bk, "BK": bk}
-        constants = {**tile, **({"BP": 1024 // bk} if name == "_borders" else {}), **case}
+        constants = {**tile, **({"BP": 1024 // bk} if name == "borders" else {}), **case}
         constants |= {unit: 1 for unit in (("sk", "zsk", "tk") if channels_last else ("sp", "zsp", "tt"))}
         places = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
         constants = {argument: value for argument, value in constants.items() if argument in places}

@@ -27,7 +27,7 @@ from agcseg.training.machine import settings
 BANDWIDTH = 3.0e12 * 0.85  # bytes/s
 PEAK = 798e12 * 0.75  # bfloat16 operations/s
 LAUNCH = 1.8e-6  # s, at least
-BORDERS = {"_tap_sums": ("x", "winners"), "_borders": ("dx",)}  # of which maps they read no more
+BORDERS = {"tap_sums": ("x", "winners"), "borders": ("dx",)}  # of which maps they read no more
 PASSES = {"native_batch_norm": 3, "native_batch_norm_backward": 5}  # over a map; statistics read it once more
 
 launched: list[tuple[str, int, int, int]] = []  # name, bytes, operations, launches

@@ -114,6 +114,7 @@ def inside(monkeypatch, tmp_path, capsys):
         (["data.root=/my data (1)"], 2, "/my data (1) (data.root), and is not complete there"),
         (["minibatch=abc"], 1, "could not be converted to Integer"),
         (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
+        (["norm.options.eps=1"], 2, "norm 'agc' has no option eps; it takes mean_scale"),
     ],
 )
 def test_mistakes(inside, tmp_path, arguments, code, message):
@@ -257,6 +258,7 @@ def test_data_program_lists_every_fault(command, tmp_path):
     [
         (["data=streets", "data.root=file/streets"], 2, "cannot be read or written (Not a directory)"),
         (["data.root=nowhere"], 1, "leftImg8bit_trainvaltest.zip"),
+        (["build=false", "rebuild=true"], 2, "rebuild=true: builds the cache anew; leave out build=false"),
     ],
 )
 def test_data_program_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, code, message):

@@ -408,6 +408,7 @@ def test_prediction_is_argmax_of_resized_logits(size):
         (["input=.", "output=out"], "input=.: no pictures there"),
         (["input=*.png", "output=out"], "input=*.png: no pictures there"),
         (["input=a.png", "output=out", "submission=yes"], "submission=yes: must be true or false"),
+        (["input=a.png", "output=out", "submission=true", "probabilities=true"], "leave out probabilities=true"),
         (["input=a.png", "outputs=out"], "did you mean output or input?"),
         (["input=a.png", "out"], "out: expected KEY=VALUE"),
     ],

@@ -42,7 +42,8 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
 
     Hydra would take `data.root=2026_11_25` for a number, and refuse brackets, apostrophes and equals signs. A text that
     is in quotes already, `null`, and a reference to another key, `${norm.name}`, stay what they are to Hydra. In a
-    sweep commas part the values.
+    sweep commas part the values. An option of a network or a norm needs no plus: whether it has one of this name, it
+    says better than Hydra.
 
     Ends the program if an override names a key that `schema` does not have, and says which one may be meant, or if its
     value cannot be read. Hydra refuses both too, but says neither what there is nor what to do.
@@ -85,6 +86,8 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         if several and not flags.multirun:
             listed = "" if value.endswith(")") else f"; a list is {key}=[{value}]"
             raise UserError(f"{argument}: several values are a sweep, which needs -m{listed}")
+        if re.match(r"(network|norm)\.options\.", name):
+            key = f"++{name}"
         return f"{key}={value}"
 
     try:

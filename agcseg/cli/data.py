@@ -63,7 +63,7 @@ def inspect(program: DataProgram) -> int:
         log.info("\n".join(map(str, problems) if program.every else by_cause(problems)))
         more = "" if program.every else " every=true lists every file."
         log.info(f"{len(problems)} problems. Source of the files: {layout.source}.{more}")
-    elif program.build or program.rebuild:
+    elif program.build:
         _, cached = open_data(data, _progress, log.info, rebuild=program.rebuild)
         for split in SPLITS:
             log.info(f"{split} cache: {cached[split].folder}")
@@ -130,6 +130,8 @@ def _job(cfg) -> None:
     try:
         wanted = to_object(cfg, DataProgram)
         check_data(wanted.data)
+        if wanted.rebuild and not wanted.build:
+            raise UserError("rebuild=true: builds the cache anew; leave out build=false")
         if wanted.draft:
             given = HydraConfig.get().overrides.task
             return write_draft(wanted.data, [override for override in given if not override.startswith("draft=")])

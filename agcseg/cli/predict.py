@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         for key in ("input", "output"):
             if not keys[key]:
                 raise UserError(f"{key}= is missing; for example: agcseg-predict RUN input=photo.jpg output=predicted")
+        if keys["submission"] and keys["probabilities"]:
+            raise UserError("submission=true: writes the benchmark's files alone; leave out probabilities=true")
         output = expanded(keys["output"])
         images = find_images(keys["input"], output, show)
         device = find_device(keys["device"])

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
 from agcseg.data import camvid, cityscapes
 from agcseg.data.cache import Cached, locked, not_writable, open_cache
 from agcseg.data.folder import folder_layout
@@ -78,6 +80,8 @@ def open_data(
     """
     layout, root = find_data(data, say)
     samples = {split: find_samples(data, layout, root, split, contours, say) for split in SPLITS}
+    if data.name == "streets" and data.val_share is None:
+        _as_wanted(data.streets, samples, root)
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         there = len(samples[split])
         if wanted is not None and wanted > there:
@@ -88,6 +92,20 @@ def open_data(
     return layout, {
         split: open_cache(layout, samples[split], size, cache_dir, split, progress, say, rebuild) for split in SPLITS
     }
+
+
+def _as_wanted(streets, samples: dict[str, list[Sample]], root: Path) -> None:
+    """Refuse scenes that are there, and are not those that `data.streets` would make; its defaults ask for none."""
+    usual = type(streets)()
+    with Image.open(samples["train"][0].image) as picture:
+        there = {"train": len(samples["train"]), "val": len(samples["val"]), "size": [*picture.size[::-1]]}
+    for key, its in there.items():
+        wanted = getattr(streets, key)
+        if wanted not in (getattr(usual, key), its):
+            raise UserError(
+                f"data.streets.{key}={wanted}: the scenes in {root} are there already, with {its}; leave it out, or "
+                "name a new folder with data.root="
+            )
 
 
 def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, int], seed: int, say=print) -> Path:

@@ -56,7 +56,8 @@ def launch(launcher, job_overrides: Sequence[Sequence[str]], first_number: int) 
     returns: dict[tuple[str, ...], JobReturn] = {}
     jobs: dict[tuple[str, ...], Job] = {}
     shown = [list(filter_overrides(overrides)) for overrides in job_overrides]
-    for i, (overrides, label) in enumerate(zip(job_overrides, labels(shown), strict=True)):
+    named = labels([[override.lstrip("+") for override in overrides] for overrides in shown])
+    for i, (overrides, label) in enumerate(zip(job_overrides, named, strict=True)):
         overrides = tuple(overrides)
         if overrides not in jobs:
             returns[overrides] = JobReturn(overrides=shown[i])

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
 from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.config import Config, DataConfig, build_network
 from agcseg.data import LAYOUTS, NAMES
-from agcseg.data.folder import read_classes
+from agcseg.data.folder import fault_of_pattern, read_classes
 from agcseg.errors import UserError
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import Network, kind
@@ -178,28 +178,16 @@ def _check_data(data: DataConfig, expect: Callable, one_of: Callable) -> None:
         for key in ("images", "labels", "instances"):
             pattern = getattr(data.folder, key)
             expect(
-                pattern is None and key == "instances" or pattern is not None and "{name}" in pattern,
-                f"data.folder.{key}={pattern}: must hold {{name}}, which stands for the names of the files",
-            )
-            expect(
                 pattern is None or share is not None or "{split}" in pattern,
                 f"data.folder.{key}={pattern}: must hold {{split}}; or give data.val_share for a single folder",
             )
-            fault = _fault_of_pattern(pattern or "{name}")
+            fault = fault_of_pattern(pattern, key)
             expect(not fault, f"data.folder.{key}={pattern}: {fault}")
+        for key in ("train", "val"):
+            named = getattr(data.folder, key)
+            expect(not {*named} & {*"{}"}, f"data.folder.{key}={named}: must be the name of one folder, without braces")
         divisor = data.folder.instance_divisor
         expect(divisor is None or divisor > 1, f"data.folder.instance_divisor={divisor}: must be above 1, or null")
-
-
-def _fault_of_pattern(pattern: str) -> str:
-    plain, suffix = pattern.replace("{split}", "").replace("{name}", ""), PurePosixPath(pattern).suffix
-    if {*plain} & {*"{}"}:
-        return "only {split} and {name} can stand in braces; * takes any part of a name"
-    if pattern.startswith(("/", "~")):
-        return "must be a path below data.root"
-    if {*suffix} & {*"*{"}:
-        return "must end in a suffix such as .png; or, for every kind of picture, without a point before its end"
-    return ""
 
 
 def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:

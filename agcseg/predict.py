@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -39,13 +40,17 @@ def find_images(wanted: str, output: Path, say: Callable[[str], None] = print) -
     Raises:
         UserError: there is none, or two would get one name.
     """
-    base, output = expanded(wanted), expanded(output).resolve()
+    base, output = expanded(wanted), os.path.realpath(expanded(output))
+
+    def elsewhere(path: Path) -> bool:
+        return not os.path.realpath(path).startswith(os.path.join(output, ""))
+
     if base.is_file():
         return {base.stem: base}
     if base.is_dir():
         files = list_files(base)
         paths = [path for path in files if is_picture(path)]
-        others = [path for path in files if not is_picture(path) and output not in path.resolve().parents]
+        others = [path for path in files if not is_picture(path) and elsewhere(path)]
         kinds = f", only {len(others)} other files" if others else ""
         if others and paths:
             say(f"{base}: {left_out(others)}")
@@ -55,7 +60,7 @@ def find_images(wanted: str, output: Path, say: Callable[[str], None] = print) -
         paths, kinds = [Path(path) for path in sorted(glob.glob(str(base), recursive=True)) if Path(path).is_file()], ""
         while glob.has_magic(str(base)):
             base = base.parent
-    found, paths = paths, [path for path in paths if output not in path.resolve().parents]
+    found, paths = paths, [path for path in paths if elsewhere(path)]
     if found and not paths:
         raise UserError(
             f"input={wanted}: all pictures there lie in the output folder {output}, whose pictures are taken for "

@@ -263,7 +263,12 @@ def test_budget_on_the_cpu_follows_from_peaks(monkeypatch):
         (["--variants", "agc-gems-compiled"], "agc-gems-compiled is not known"),
         (["--variants", "bn,agc-gems", "--inference"], "--variants agc-gems: act in training alone"),
         (["--inference", "--data"], "leave --budget, --data and --frontier out"),
+        (["--size", "256"], "--size: 256: give height x width, such as 256x512"),
+        (["--size", "0x64"], "--size: 0x64: give height x width"),
+        (["--width", "-1"], "--width -1: must be positive"),
+        (["--frontier", "--data"], "--budget, --frontier and --data: only one of them at a time"),
         (["--budget", "12"], "give a number with GiB"),
+        (["--budget", "x1GiB"], "give a number with GiB"),
         (["--budget", "0GiB", "--minibatch", "2"], "--budget finds the minibatch"),
         (["--threads", "-1"], "--threads: -1: must be a number, at least 1"),
         (["--rounds", "0"], "--rounds: 0: must be a number, at least 1"),
@@ -288,6 +293,26 @@ def test_less_memory_costs_arithmetic(monkeypatch):
     stem = 2 * 32 * 64 * step.network.encoder[0][0].conv.weight.numel() / 1e9  # is computed again in backward
     unit, _ = frontier(case("agc-compiled"))  # counted by the operations' formulas
     assert unit["gflop"] - plain["gflop"] == pytest.approx(stem) and unit["kept_mib"] < 0.5 * plain["kept_mib"]
+
+
+def test_a_frontier_without_batch_normalisation_has_no_ratios(tmp_path, monkeypatch, capsys):
+    def answers(what, case):
+        if case.variant == "bn":
+            raise Failed("out of memory")
+        yield {"budget": None, "kept_mib": 1.0, "gflop": 2.0}
+
+    monkeypatch.setattr(tables, "_in_a_process", answers)
+    assert main(["--frontier", "--variants", "none", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    rows = list(csv.DictReader((tmp_path / "frontier.csv").open()))
+    assert {row["failed"] for row in rows} == {"out of memory", ""} and "kept_to_bn" not in rows[0]
+    said = capsys.readouterr().out
+    assert "wrote frontier.csv and frontier.md into" in said and not (tmp_path / "frontier.png").exists()
+
+
+def test_a_case_that_fails_late_leaves_no_picture(tmp_path):
+    row = {"network": "segnet", "variant": "bn", "minibatch": 1, "precision": "fp32", "step_ms": 3.0, "failed": "dead"}
+    assert write_results(tmp_path, [row], "here") == "bench.csv and bench.md"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.csv", "bench.md"]
 
 
 def test_frontier_of_the_program(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -213,6 +214,7 @@ def test_classes_file(tmp_path):
         ("classes:\n- {name: a, colors: 5}", "a: colors: 5: expected a list of .red, green, blue."),
         ("classes:\n- {name: a, color: [1, 2, 3.0]}", "expected .red, green, blue."),
         ("classes: &a [*a]", "is no YAML"),
+        ("classes: [a, b]\nvoid: 0", r"void: expected numbers: \[...\] or colors"),
         ("classes: [a]\nvoid: [255]", r"void: expected numbers: \[...\] or colors"),
         (f"classes: {list(map(str, range(255)))}", "names 255 classes; there can be 254"),
     ],
@@ -283,11 +285,79 @@ def test_palettes_that_contradict_each_other(tmp_path, caplog):
         write_draft(data_of(root), [])
 
 
+def with_palette(path, numbers, colors) -> None:
+    """Store the mask anew: these numbers, from left to right, with a palette."""
+    picture = Image.fromarray(np.resize(np.repeat(numbers, 15).astype(np.uint8), (40, 60)), "P")
+    picture.putpalette([value for color in colors for value in color])
+    picture.save(path)
+
+
+def test_a_palette_of_greys_may_hold_the_numbers(tmp_path):
+    """As oxipng stores a mask of numbers: the indices are in an order of their own."""
+    root = write_folder(tmp_path / "data")
+    for path in root.glob("labels/*/*.png"):
+        with_palette(path, [0, 1, 2, 3], [(2, 2, 2), (1, 1, 1), (0, 0, 0), (255, 255, 255)])
+    (root / "classes.yaml").write_text("classes: [a, b, c, d]\nvoid:\n  numbers: [255]\n")
+    with pytest.raises(
+        UserError, match=r"its palette of greys may hold the numbers; .*000\.png \(0 is grey 2, and both"
+    ):
+        open_data(data_of(root))
+    for path in root.glob("labels/*/*.png"):  # greys that are no numbers of classes mean nothing
+        with_palette(path, [0, 1, 2, 3], [(0, 0, 0), (85, 85, 85), (170, 170, 170), (255, 255, 255)])
+    assert set(np.unique(open_data(data_of(root))[1]["train"].labels)) == {0, 1, 2, 3}
+
+
+def test_a_palette_beside_colours_without_numbers(tmp_path):
+    """Without numbers of their own the classes are counted, but not against what the palette says."""
+    root = write_folder(tmp_path / "data")
+    for path in root.glob("labels/*/*.png"):
+        with_palette(path, [0, 0, 1, 2], [(0, 0, 0), (128, 64, 128), (70, 130, 180)])
+    named = "classes:\n- {name: sky, color: [70, 130, 180]}\n- {name: road, color: [128, 64, 128]}\n- {name: car"
+    (root / "classes.yaml").write_text(f"{named}, color: [0, 0, 142]}}\n")
+    with pytest.raises(
+        UserError, match=r"its palette contradicts its numbers; .*\(2 is car, and \[70, 130, 180\] another"
+    ):
+        open_data(data_of(root))
+    numbered = named.replace("sky,", "sky, numbers: [0],").replace("road,", "road, numbers: [1],")
+    (root / "classes.yaml").write_text(f"{numbered}, numbers: [2]}}\n")
+    assert set(np.unique(open_data(data_of(root))[1]["train"].labels)) == {0, 1, 2}
+
+
+def test_a_draft_paints_no_two_classes_alike(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "classes.yaml").unlink()
+    for path in root.glob("labels/*/*.png"):
+        with_palette(path, [0, 1, 7, 8], [(0, 0, 0)] * 7 + [(128, 64, 128), (244, 35, 232)])
+    write_draft(data_of(root), [])
+    assert not inspect(DataProgram(data_of(root), build=False))
+
+
+def test_classes_of_other_data_are_not_taken(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data")
+    (root / "classes.yaml").unlink()
+    (tmp_path / "classes.yaml").write_text(CLASSES)
+    (tmp_path / "cityscapes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{root}/classes.yaml: missing"):
+        open_data(data_of(root))
+    assert len(read_classes(root, "./classes.yaml")) == 3 and len(read_classes(root, "cityscapes")) == 19
+
+
+def test_names_with_letters_in_two_parts(tmp_path):
+    """As macOS writes them."""
+    root = write_folder(tmp_path / "data")
+    for folder, form in (("images", "NFC"), ("labels", "NFD")):
+        for path in root.glob(f"{folder}/*/000.*"):
+            path.rename(path.with_name(unicodedata.normalize(form, f"\u00e9{path.suffix}")))
+    assert "\u00e9" in open_data(data_of(root))[1]["train"].names
+
+
 @pytest.mark.parametrize(
     ("colored", "mode", "message"),
     [
         (True, "L", "holds numbers, where most label files hold colours"),
-        (True, "P", "holds numbers, where most label files hold colours"),
+        (True, "P", "holds numbers with a palette, where most label files hold colours"),
+        (False, "P", "holds numbers with a palette, where most label files hold numbers"),
         (False, "1", "holds numbers of 1 bit, where most label files hold numbers"),
     ],
 )
@@ -423,6 +493,7 @@ def test_every_file_by_name_on_demand(tmp_path, caplog):
         ({"folder": {"labels": "/data/{split}/{name}.png"}}, "data.folder.labels=.* must be a path below data.root"),
         ({"folder": {"images": "images/{split}/{name}.*"}}, "must end in a suffix such as .png; or"),
         ({"folder": {"images": "images/{split}/img.{name}"}}, "must end in a suffix such as .png; or"),
+        ({"folder": {"train": "{train,extra}"}}, "data.folder.train={train,extra}: must be the name of one folder"),
         ({"val_share": 1.0}, "data.val_share=1.0: must be between 0 and 1"),
         ({"folder": {"instance_divisor": 1}}, "data.folder.instance_divisor=1: must be above 1"),
     ],

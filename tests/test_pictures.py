@@ -169,6 +169,71 @@ def test_a_jpeg_is_no_label_whatever_it_is_called(tmp_path):
         assert read_image(tmp_path / name).size == (20, 12)
 
 
+def _grey(values: list[int], bits: int, kind: int = 0) -> bytes:
+    """A PNG of one row, greys or colours of any depth, as Pillow writes none."""
+    row = int("0" + "".join(f"{value:0{bits}b}" for value in values).ljust(-(-len(values) * bits // 8) * 8, "0"), 2)
+    row = b"\0" + row.to_bytes(-(-len(values) * bits // 8), "big")
+    width = len(values) // (3 if kind == 2 else 1)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(row)),
+        (b"IEND", b""),
+    )
+    chunks = (struct.pack(">I", len(body)) + name + body for name, body in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk + struct.pack(">I", zlib.crc32(chunk[4:])) for chunk in chunks)
+
+
+BILEVEL = Image.fromarray(np.array([[0, 1, 1, 0]], np.uint8), "P")
+BILEVEL.putpalette([0, 0, 0, 255, 255, 255])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("2.png", _grey([0, 1, 2, 3], 2)),
+        ("4.png", _grey([0, 15], 4)),
+        ("3.pgm", b"P5 4 1 3\n" + bytes([0, 1, 2, 3])),
+        ("1000.pgm", b"P5 2 1 1000\n" + bytes([0, 3, 3, 232])),
+        ("white.tif", stored(PICTURE.convert("L"), "tiff", tiffinfo={262: 0})),
+        ("palette.bmp", stored(BILEVEL, "bmp")),
+    ],
+)
+def test_numbers_that_decoding_changes(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileError, match=f"{name}: decoding would scale or invert its numbers; store labels"):
+        read_numbers(tmp_path / name)
+    read_image(tmp_path / name) if name != "1000.pgm" else None
+
+
+def test_numbers_in_a_pgm_and_in_pages(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 65535\n" + bytes([0, 1, 2, 3, 255, 255]))
+    assert read_numbers(tmp_path / "a.pgm").tolist() == [[1, 515, 65535]]
+    pages = [Image.new("L", (4, 3), page) for page in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(FileError, match=r"pages.tif: has 3 pages; store labels and instances one by one"):
+        read_numbers(tmp_path / "pages.tif")
+    assert read_image(tmp_path / "pages.tif").size == (4, 3)
+
+
+def test_colours_of_16_bits(tmp_path):
+    """Pillow keeps their upper halves, of 12-bit photographs hardly anything."""
+    (tmp_path / "a.png").write_bytes(_grey([4095, 2048, 300], 16, kind=2))
+    for read in (read_image, read_numbers):
+        with pytest.raises(FileError, match="a.png: mode RGB of 16 bits, expected 8 bits a channel; convert it to 8"):
+            read(tmp_path / "a.png")
+
+
+def test_links_round_in_a_circle(tmp_path):
+    for here, there in (("a", "b"), ("b", "a")):
+        (tmp_path / here).mkdir()
+        (tmp_path / here / "to").symlink_to(f"../{there}")
+    (tmp_path / "a/1.png").touch()
+    (tmp_path / "a/2.png").symlink_to("2.png")
+    found = ["a/1.png", "a/2.png", "b/to/1.png", "b/to/2.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path)] == found
+    assert len(find_images(str(tmp_path), tmp_path / "out")) == 4
+
+
 def test_a_large_picture(tmp_path, monkeypatch):
     import agcseg.cli  # the programs allow a gigapixel
 

@@ -1,5 +1,6 @@
 """Settings compared over their seeds, on made-up runs of which the answer is known."""
 
+import json
 import math
 import warnings
 
@@ -11,7 +12,7 @@ from fake_sweep import make_run, make_sweep
 from agcseg.cli.report import main
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS
-from agcseg.report import by_setting, read_folders, read_runs, t_interval
+from agcseg.report import by_setting, cells, read_folders, read_runs, t_interval
 from agcseg.report.compare import of_settings, reference_of
 from agcseg.report.figures import figure, lambda_starts_figure, setting_styles
 from agcseg.report.page import costs_compared, differences_table, lambda_memory, lambda_starts, settings_table
@@ -104,8 +105,8 @@ def differences(folder, reference=None):
             "AGC",
         ),
         (
-            [{}, {"init_from": "outputs/a/b/last.pt"}, {"init_from": "outputs/a/c"}],
-            ["from b", "from c", "from scratch"],
+            [{}, {"init_from": "outputs/a/b/last.pt"}, {"init_from": "outputs/c/b"}],
+            ["from a/b", "from c/b", "from scratch"],
             "from scratch",
         ),
         ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
@@ -124,6 +125,23 @@ def test_the_same_by_other_keys_is_one_setting(tmp_path):
     make_sweep(tmp_path, [*same, {"minibatch": 1, "momentum_match": 8}], seeds=(1,), epochs=2)
     groups, notes = by_setting(read_runs(tmp_path))
     assert len(groups) == 2 and len(notes) == 2 and all("has the same settings and seed" in note for note in notes)
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path):
+    """The root of the data is no setting; what a run saw there is."""
+    make_sweep(tmp_path, [{"norm.name": "bn"}, {"data.root": "/elsewhere"}, {}], epochs=2)
+    for run in tmp_path.iterdir():
+        result = json.loads((run / "result.json").read_text())
+        its = "ab" if run.name.startswith("run01") else "01"
+        result["data"] = {"classes": ["road"], "train": f"{its}234567", "val": its}
+        (run / "result.json").write_text(json.dumps(result))
+    kept, notes = cells(read_runs(tmp_path))
+    assert sorted(of.norm for of in kept) == ["agc", "bn"] and {len(seeds) for seeds in kept.values()} == {3}
+    assert notes[0].startswith(
+        "not compared with the others, for CamVid of /elsewhere (ab2345), not CamVid of the cache"
+    )
+    names = {f"{norm}, CamVid of the cache (012345)" for norm in ("AGC", "BN")}
+    assert {*by_setting(read_runs(tmp_path))[0]} == {*names, "AGC, CamVid of /elsewhere (ab2345)"}
 
 
 def test_what_the_paper_varies_is_no_experiment_of_settings(tmp_path):

@@ -24,8 +24,12 @@ COLUMNS = (  # key, heading, format
 
 def write_results(
     folder: Path, rows: list[dict], where: str, notes: Sequence[str] = (), pictures: bool = True, name="bench"
-) -> None:
-    """NAME.csv, NAME.md and, if wanted, NAME.png: the rows, below a line that says where they were measured."""
+) -> str:
+    """NAME.csv, NAME.md and, if wanted, NAME.png: the rows, below a line that says where they were measured.
+
+    Returns:
+        the names of the files, in words; without the picture, if every case failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -33,13 +37,14 @@ def write_results(
     writer.writerows(rows)
     write(folder / f"{name}.csv", text.getvalue())
     write(folder / f"{name}.md", f"{where}\n\n{markdown(rows)}\n" + "".join(f"\n{note}\n" for note in notes))
-    draw = next(
-        (draw for key, draw in (("step_ms", _bars), ("extra_flop", _frontier)) if any(key in r for r in rows)), None
-    )
-    if pictures and draw:
-        picture = io.BytesIO()
-        draw([row for row in rows if "failed" not in row], where).savefig(picture, format="png", dpi=110)
-        write(folder / f"{name}.png", picture.getvalue())
+    for key, draw in (("step_ms", _bars), ("extra_flop", _frontier)):
+        whole = [row for row in rows if key in row and "failed" not in row]
+        if pictures and whole:
+            picture = io.BytesIO()
+            draw(whole, where).savefig(picture, format="png", dpi=110)
+            write(folder / f"{name}.png", picture.getvalue())
+            return f"{name}.csv, {name}.md and {name}.png"
+    return f"{name}.csv and {name}.md"
 
 
 def read_results(path: Path) -> tuple[list[dict], str]:

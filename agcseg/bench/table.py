@@ -152,7 +152,8 @@ def _first(case: Case) -> dict:
 
 def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
     """`frontier` of all cases, each in a process of its own; a row for each budget, with "kept_to_bn" and "extra_flop",
-    the share of its arithmetic that is added, against the case of the same network and precision that is plain BN."""
+    the share of its arithmetic that is added, against the case of the same network, minibatch and precision that is
+    plain BN, and comes first; if that failed, without them."""
     rows: list[dict] = []
     plain: dict[tuple, dict] = {}
     for case in cases:
@@ -161,9 +162,11 @@ def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambd
         try:
             with contextlib.closing(_in_a_process("frontier", case)) as answers:
                 for answer in answers:
-                    bn = plain.setdefault((case.network, case.minibatch, case.precision), answer)
-                    answer["kept_to_bn"] = answer["kept_mib"] / bn["kept_mib"]
-                    answer["extra_flop"] = answer["gflop"] / bn["gflop"] - 1
+                    if case.variant == "bn":
+                        plain[case.network, case.minibatch, case.precision] = answer
+                    if bn := plain.get((case.network, case.minibatch, case.precision)):
+                        answer["kept_to_bn"] = answer["kept_mib"] / bn["kept_mib"]
+                        answer["extra_flop"] = answer["gflop"] / bn["gflop"] - 1
                     rows.append(named | answer)
                     keep(rows)
         except Failed as failed:

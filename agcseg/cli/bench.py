@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -128,6 +129,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     trained = [variant for variant in variants if variant in TRAINED]
     if trained and arguments.inference:
         raise UserError(f"--variants {','.join(trained)}: act in training alone; measure them without --inference")
+    if (arguments.budget is not None) + arguments.frontier + arguments.data > 1:
+        raise UserError("--budget, --frontier and --data: only one of them at a time")
+    if not 0 < arguments.width <= 100:
+        raise UserError(f"--width {arguments.width:g}: must be positive, and at most 100")
     if arguments.inference and (arguments.budget is not None or arguments.data or arguments.frontier):
         raise UserError("--inference measures forward passes: leave --budget, --data and --frontier out")
     cases = [
@@ -158,15 +163,16 @@ def _bench(arguments: argparse.Namespace) -> int:
         return _budget(cases, arguments, where)
     if arguments.frontier:
         rows = frontier_table(cases, lambda rows: write_results(arguments.out, rows, where, name="frontier"))
-        print(f"{plain(rows)}\nwrote frontier.csv, frontier.md and frontier.png into {arguments.out}")
+        written = write_results(arguments.out, rows, where, name="frontier")
+        print(f"{plain(rows)}\nwrote {written} into {arguments.out}")
         return int(any("failed" in row for row in rows))
     memory = not (arguments.no_memory or arguments.inference)
     rows = table(
         cases, arguments.rounds, memory, _say, lambda rows: write_results(arguments.out, rows, where, pictures=False)
     )
     notes = _delivered(rows, arguments, str(device)) if arguments.data else []
-    write_results(arguments.out, rows, where, notes)
-    print("\n".join([plain(rows), *notes, f"wrote bench.csv, bench.md and bench.png into {arguments.out}"]))
+    written = write_results(arguments.out, rows, where, notes)
+    print("\n".join([plain(rows), *notes, f"wrote {written} into {arguments.out}"]))
     return int(any("failed" in row for row in rows) or any(": failed" in note for note in notes))
 
 
@@ -255,13 +261,15 @@ def _numbers(text: str) -> list[int]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, width = (int(part) for part in text.lower().split("x"))
-    return height, width
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text}: give height x width, such as 256x512")
+    return int(height), int(width)
 
 
 def _bytes(text: str) -> int:
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("GB", 10**9), ("MB", 10**6)):
-        if text.endswith(unit):
+        if re.fullmatch(rf"[0-9]*\.?[0-9]+{unit}", text):
             return int(float(text[: -len(unit)]) * factor)
     raise argparse.ArgumentTypeError(f"{text}: give a number with GiB, MiB, GB or MB, such as 12GiB")
 

@@ -54,7 +54,7 @@ def inspect(program: DataProgram) -> int:
         height, width = streets.size
         make_streets(root, streets.train, streets.val, (height, width), streets.seed)
     layout, root = find_data(data, log.info)
-    tree = layout.tree.format(root=root).replace("\n", "\n  ")
+    tree = layout.tree.replace("{root}", str(root)).replace("\n", "\n  ")
     log.info(f"{layout.title} in {root.absolute()}. Expected tree:\n  {tree}")
     problems = []
     for split in ("train",) if data.val_share else SPLITS:

@@ -182,11 +182,11 @@ def _behind(trained: Trained) -> str:
 
 
 def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:
-    """What to say where the images are not those of the run's validation, though nobody asked for others."""
+    """What to say where the images are not those of the run, though nobody asked for others."""
     table = trained.path.with_name("images.csv")
-    if any(keys[key] for key in ("data", "data.root", "images")) or keys["split"] != "val":
+    if any(keys[key] for key in ("data", "data.root", "images")):
         return ""
-    if table.is_file():
+    if table.is_file() and keys["split"] == "val":
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             its = [row["image"] for row in csv.DictReader(file)]
         gone, new = len({*its} - {*names}), len({*names} - {*its})
@@ -195,7 +195,7 @@ def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:
                 f"note: these are not the images of the run's figures: {gone} of its {len(its)} are not among them, "
                 f"{new} of them are new"
             )
-    seen = (load_checkpoint(trained.path).get("data") or {}).get("val")
+    seen = (load_checkpoint(trained.path).get("data") or {}).get(keys["split"])
     return "note: the images or their labels have changed since the run" if seen and seen != digest else ""
 
 

@@ -1,10 +1,12 @@
 """Data sets: where files lie and what labels mean, one memory map at training size, minibatches. Knows no network."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+import numpy as np
 
 from agcseg.data import camvid, cityscapes
 from agcseg.data.cache import Cached, locked, not_writable, open_cache
@@ -12,7 +14,8 @@ from agcseg.data.folder import folder_layout
 from agcseg.data.labels import Classes
 from agcseg.data.layout import SPLITS, Layout, Sample, list_samples
 from agcseg.data.minibatches import choose
-from agcseg.data.streets import make_streets
+from agcseg.data.pictures import read_numbers
+from agcseg.data.streets import make_streets, street
 from agcseg.errors import UserError
 
 STREETS_VERSION = 1  # of how the built-in streets look; a new number leaves those made earlier unused
@@ -80,8 +83,8 @@ def open_data(
     """
     layout, root = find_data(data, say)
     samples = {split: find_samples(data, layout, root, split, contours, say) for split in SPLITS}
-    if data.name == "streets" and data.val_share is None:
-        _as_wanted(data.streets, samples, root)
+    if data.name == "streets":
+        _as_wanted(data, samples, root)
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
         there = len(samples[split])
         if wanted is not None and wanted > there:
@@ -94,17 +97,23 @@ def open_data(
     }
 
 
-def _as_wanted(streets, samples: dict[str, list[Sample]], root: Path) -> None:
+def _as_wanted(data, samples: dict[str, list[Sample]], root: Path) -> None:
     """Refuse scenes that are there, and are not those that `data.streets` would make; its defaults ask for none."""
-    usual = type(streets)()
-    with Image.open(samples["train"][0].image) as picture:
-        there = {"train": len(samples["train"]), "val": len(samples["val"]), "size": [*picture.size[::-1]]}
+    wanted, usual = data.streets, type(data.streets)()
+    there: dict[str, Any] = {split: len(samples[split]) for split in SPLITS}
+    if data.val_share is not None:  # both are of the split train
+        there = {"train": sum(there.values())}
+    with contextlib.suppress(UserError):  # whoever decodes it says more
+        label = read_numbers(samples["train"][0].label)
+        there["size"] = [*label.shape]
+        if wanted.seed != usual.seed and data.val_share is None:
+            first = street(np.random.default_rng([wanted.seed, 0, 0]), label.shape[:2])[1]
+            there["seed"] = wanted.seed if np.array_equal(first, label) else "another"
     for key, its in there.items():
-        wanted = getattr(streets, key)
-        if wanted not in (getattr(usual, key), its):
+        if getattr(wanted, key) not in (getattr(usual, key), its):
             raise UserError(
-                f"data.streets.{key}={wanted}: the scenes in {root} are there already, with {its}; leave it out, or "
-                "name a new folder with data.root="
+                f"data.streets.{key}={getattr(wanted, key)}: the scenes in {root} are there already, with {its}; leave "
+                "it out, or name a new folder with data.root="
             )
 
 

@@ -16,6 +16,7 @@ from agcseg.data.pictures import each, numbers_of, open_picture
 from agcseg.errors import FileError, UserError, by_cause, expanded
 
 MANY = UNKNOWN  # classes that numbers of 8 bits can tell apart
+DEFAULT = "classes.yaml"
 ENTRY = {"name", "color", "colors", "numbers"}
 EXAMPLE = (
     "such as\n  classes:\n  - name: road\n    numbers: [0]\n    color: [128, 64, 128]\n  void:\n    numbers: [255]"
@@ -31,8 +32,11 @@ def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layou
         classes: if they are known already, as a trained network's are; else they are read.
 
     Raises:
-        UserError: there is no file of classes, or it does not say what they are.
+        UserError: a pattern cannot be used; there is no file of classes, or it does not say what they are.
     """
+    for key in ("images", "labels", "instances"):
+        if fault := fault_of_pattern(getattr(patterns, key), key):
+            raise UserError(f"data.folder.{key}={getattr(patterns, key)}: {fault}")
     images, labels = str(PurePosixPath(patterns.images)), str(PurePosixPath(patterns.labels))
     instances = patterns.instances and str(PurePosixPath(patterns.instances))
     splits = {"train": patterns.train, "val": patterns.val}
@@ -61,10 +65,27 @@ def folder_layout(root: Path, patterns, classes: Classes | None = None) -> Layou
     )
 
 
+def fault_of_pattern(pattern: str | None, key: str) -> str:
+    """Why a pattern of images, labels or instances cannot be used, or nothing."""
+    if pattern is None and key == "instances":
+        return ""
+    if pattern is None or "{name}" not in pattern:
+        return "must hold {name}, which stands for the names of the files"
+    plain, suffix = pattern.replace("{split}", "").replace("{name}", ""), PurePosixPath(pattern).suffix
+    if {*plain} & {*"{}"}:
+        return "only {split} and {name} can stand in braces; * takes any part of a name"
+    if pattern.startswith(("/", "~")):
+        return "must be a path below data.root"
+    if {*suffix} & {*"*{"}:
+        return "must end in a suffix such as .png; or, for every kind of picture, without a point before its end"
+    return ""
+
+
 def classes_file(root: Path, name: str) -> Path:
-    """Where `data.folder.classes` lies: in the data's folder or, if there is none, where the program was started."""
+    """Where `data.folder.classes` lies: in the data's folder or, if there is none, where the program was started, but
+    for a file of the usual name, which is that of other data there."""
     inside = root / expanded(name)
-    return inside if inside.exists() or not Path(name).exists() else Path(name)
+    return inside if inside.is_file() or name == DEFAULT or not Path(name).is_file() else Path(name)
 
 
 def read_classes(root: Path, name: str) -> Classes:
@@ -74,7 +95,7 @@ def read_classes(root: Path, name: str) -> Classes:
         UserError: the file is missing, or cannot be used; it says where and why.
     """
     path = classes_file(root, name)
-    if name in TABLES and not path.exists():
+    if name in TABLES and not path.is_file():
         return TABLES[name]
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -111,7 +132,7 @@ def _classes(path: Path, content) -> Classes:
                 f"{what}: {sorted(map(str, unknown))[0]}: is no key of a class; there are {', '.join(sorted(ENTRY))}"
             )
         numbers = entry.get("numbers", number)
-        given = entry.get("colors") or []
+        given = [] if entry.get("colors") is None else entry["colors"]
         if not isinstance(given, list):
             refuse(f"{what}: colors: {given}: expected a list of [red, green, blue]")
         given = [entry["color"], *given] if entry.get("color") is not None else given
@@ -142,13 +163,14 @@ def _classes(path: Path, content) -> Classes:
             refuse(f"two classes are called {name}")
         names.append(name)
         colors.append((take(entry, name, i, [] if numbered else [i]) or [some_color(i)])[0])
-    if isinstance(content.get("void") or {}, dict):
-        take(content.get("void") or {}, "void", IGNORE, [])
+    void = {} if content.get("void") is None else content["void"]
+    if isinstance(void, dict):
+        take(void, "void", IGNORE, [])
     else:
         refuse("void: expected numbers: [...] or colors: [...]")
     if len(names) == 1:
         refuse("names one class only, so there is nothing to tell apart; give what is not of it a class too")
-    return Classes(tuple(names), tuple(colors), from_file, from_color)
+    return Classes(tuple(names), tuple(colors), from_file, from_color, numbered)
 
 
 def _meaning(number: int, names: list[str]) -> str:
@@ -222,6 +244,7 @@ def draft(layout: Layout, root: Path, splits: Iterable[str], progress: Callable 
 def _drafted(root: Path, files: int, seen: _Seen, colored: bool) -> str:
     total, values = seen.pixels.total(), sorted(seen.pixels)
     void = [255] if not colored and 255 in values and len(values) > 2 else []  # two are 0 and 255: black and white
+    palette = seen.colors if len({*seen.colors.values()}) == len(seen.colors) else {}  # else it tells nothing apart
     lines = [
         f"# The classes of {root.absolute()}, drafted from {files} label files.",
         "# Name them; take out what is no class, and put what is to be ignored under void. The order of the classes is",
@@ -230,7 +253,7 @@ def _drafted(root: Path, files: int, seen: _Seen, colored: bool) -> str:
     ]
     for i, value in enumerate(value for value in values if value not in void):
         share = f"# {seen.pixels[value] / total:.3%} of the pixels, in {seen.files[value]} files"
-        color = unpacked(value) if colored else seen.colors.get(value, some_color(i))
+        color = unpacked(value) if colored else palette.get(value, some_color(i))
         lines += [f"- name: class {i if colored else value}    {share}"]
         lines += [] if colored else [f"  numbers: [{value}]"]
         lines += [f"  color: {list(color)}"]

@@ -20,12 +20,14 @@ class Classes:
         colors: one (red, green, blue) per class, 0 to 255.
         from_file: label-file number -> class number, or `IGNORE`. A number that is not a key is an error in the file.
         from_color: the same for label files that are colour pictures; empty if they never are.
+        numbered: the numbers were given; else they count the classes, for want of others.
     """
 
     names: tuple[str, ...]
     colors: tuple[Color, ...]
     from_file: dict[int, int]
     from_color: dict[Color, int] = field(default_factory=dict)
+    numbered: bool = True
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,6 +1,7 @@
 """Where the files of a data set lie, as patterns; listing, reading and checking them."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -156,6 +157,7 @@ def _find(root: Path, pattern: str, whole: bool) -> tuple[dict[tuple[str, ...], 
         parts = list(match.groups())
         name = parts.pop(expression.groupindex["name"] - 1)
         key = (*parts, name) if whole else (name,)
+        key = tuple(unicodedata.normalize("NFC", part) for part in key)  # macOS writes letters in two parts
         if found.setdefault(key, path) != path:
             twice.append(
                 FileError(path, "has the name of another file", str(found[key]), "rename or remove one of them")
@@ -239,7 +241,7 @@ def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
     lines = by_cause(problems)
     shown = "\n".join(f"  {line}" for line in lines[:5])
     more = f"\n  and {len(lines) - 5} more: agcseg-data lists them all" if len(lines) > 5 else ""
-    tree = "\n".join(f"  {line}" for line in layout.tree.format(root=root).splitlines())
+    tree = "\n".join(f"  {line}" for line in layout.tree.replace("{root}", str(root)).splitlines())
     return (
         f"{layout.title} was looked for in {root.absolute()} (data.root), and is not complete there:\n{shown}{more}\n"
         f"The tree should look like this:\n{tree}\n"
@@ -249,7 +251,7 @@ def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
 
 
 def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
-    """Label files that are stored in another way than most: numbers beside colours, or 1 bit beside 8.
+    """Label files that are stored in another way than most: numbers beside colours, 1 bit beside 8, with a palette.
 
     Programs that make PNGs smaller do this to single files; such a file decodes well, and means something else. What
     cannot be used at all is passed over: whoever decodes it says more.
@@ -264,7 +266,7 @@ def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
             return ""
         if mode in ("RGB", "RGBA") or (mode == "P" and not classes.from_file):
             return "colours" if classes.from_color else ""
-        return "numbers of 1 bit" if mode == "1" else "numbers"
+        return {"1": "numbers of 1 bit", "P": "numbers with a palette"}.get(mode, "numbers")
 
     paths = [sample.label for sample in samples]
     for path, its in zip(paths, each(kind, paths), strict=True):
@@ -310,7 +312,7 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
         kind = "colours" if stored.ndim == 3 else "numbers"
         cause = f"holds {kind} that are no labels of {layout.title}"
         raise FileError(sample.label, cause, counted(stored[labels == UNKNOWN]))
-    if stored.ndim == 2 and picture.mode == "P" and layout.classes.from_color:
+    if stored.ndim == 2 and picture.mode == "P":
         _check_palette(sample.label, stored, picture, layout.classes)
     if sample.instance is None:
         return image, labels, labels
@@ -324,14 +326,26 @@ def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.nd
 
 
 def _check_palette(path: Path, stored: np.ndarray, picture: Image.Image, classes: Classes) -> None:
-    """Numbers and palette agree, unless the palette has colours that are no class's: then it says nothing."""
+    """Numbers and palette agree, unless the palette has colours that are no class's: then it says nothing. A palette of
+    greys alone may hold the numbers themselves, as programs that make files smaller write it."""
     palette = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
     used = np.unique(stored)
     used = used[used < len(palette)]
     meant, painted = classes.translate(used[None])[0], classes.translate(palette[used][None])[0]
+    greys = palette[used, 0]
+    its = classes.translate(greys[None])[0]
+    if (palette == palette[:, :1]).all() and (its != UNKNOWN).all() and (its != meant).any():
+        at = used[its != meant][0]
+        raise FileError(
+            path,
+            "its palette of greys may hold the numbers",
+            f"{at} is grey {palette[at, 0]}, and both are numbers that are known",
+            "where the greys are the numbers, store it as grey of 8 bits; else with colours, or without a palette",
+        )
     used, painted, meant = (part[meant != IGNORE] for part in (used, painted, meant))
-    if (painted != UNKNOWN).all() and (painted != meant).any():
-        at = used[painted != meant][0]
+    known = painted != UNKNOWN
+    if (known.all() or not classes.numbered) and (known & (painted != meant)).any():
+        at = used[known & (painted != meant)][0]
         raise FileError(
             path,
             "its palette contradicts its numbers",

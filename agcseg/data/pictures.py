@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,14 @@ def list_files(folder: Path) -> list[Path]:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
     found = []
+    ways = {os.fspath(folder): [os.path.realpath(folder)]}  # to each folder: the true places of those above it, and its
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        here = os.path.realpath(parent)
-        inside = [name for name in folders if not name.startswith(".")]
-        # A link to a folder that it lies in would lead round for ever.
+        inside = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
+        # A link to a folder that it lies in, or was come through, would lead round for ever.
         folders[:] = [
-            name for name in inside if not f"{here}/".startswith(f"{os.path.realpath(os.path.join(parent, name))}/")
+            name for name, place in inside.items() if not any(f"{at}/".startswith(f"{place}/") for at in ways[parent])
         ]
+        ways |= {os.path.join(parent, name): [*ways[parent], inside[name]] for name in folders}
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -70,7 +72,8 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
     """A whole picture, turned upright as its EXIF says, its checksums verified.
 
     Args:
-        lossless: refuse what is stored with losses, or may be.
+        lossless: for numbers; refuse what is stored with losses, or may be, what decoding scales or inverts, and more
+            than one page.
 
     Raises:
         UserError: it is missing, damaged, not a picture, or larger than Pillow's limit; it names the file.
@@ -87,6 +90,7 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
             if kind == "PNG":
                 with Image.open(io.BytesIO(content)) as twin:
                     twin.verify()
+            tiles, pages = [(str(tile[0]), tile[3]) for tile in picture.tile], getattr(picture, "n_frames", 1)
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
     except Image.DecompressionBombError as error:
@@ -100,7 +104,29 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
     if lossless and (kind in LOSSY or inside.get(kind or "")):
         fault = f"is a {kind}{' with losses' * (kind in inside)}, which changes the numbers in it"
         raise FileError(path, fault, advice="store labels and instances as PNG")
+    bilevel = kind == "BMP" and picture.mode == "1" and content[28] != 1  # Pillow reads one bit of each byte
+    if lossless and (bilevel or any(_scaled(*tile, picture.mode) for tile in tiles)):
+        fault = "decoding would scale or invert its numbers"
+        raise FileError(path, fault, advice="store labels and instances as PNG of 8 or 16 bits")
+    if lossless and pages > 1:
+        raise FileError(path, f"has {pages} pages", advice="store labels and instances one by one")
+    if picture.mode[0] != "I" and any(re.search(";16[BLN]", _raw(how)) for _, how in tiles):
+        advice = "convert it to 8 bits: which values are black and white cannot be known"
+        raise FileError(path, f"mode {picture.mode} of 16 bits, expected 8 bits a channel", advice=advice)
     return picture
+
+
+def _raw(how) -> str:
+    """The stored form of a tile's numbers, such as "L;4", from what Pillow's decoder is told."""
+    return str(how[0] if isinstance(how, tuple) and how else how)
+
+
+def _scaled(decoder: str, how, mode: str) -> bool:
+    """Whether what is decoded are other numbers than those in the file: greys of 2 or 4 bits are stretched to 8, as are
+    those of a PGM up to its own maximum; where 0 is white they are inverted."""
+    if decoder in ("ppm", "ppm_plain"):
+        return isinstance(how, tuple) and how[-1] != (65535 if mode == "I" else 255)
+    return _raw(how).startswith(("L;2", "L;4", "L;I"))
 
 
 def read_image(path: Path) -> Image.Image:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agcseg.errors import UserError
-from agcseg.record.identity import complete, deciding, flat
+from agcseg.record.identity import FREE, complete, deciding, flat
 
 NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
          "layer": "Layer normalisation", "instance": "Instance normalisation",
@@ -56,6 +56,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)  # of `agcseg.record.identity.complete`
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
+    digests: tuple[str, ...] = ()  # of the images and labels of each split as they were used; empty: not recorded
     environment: dict[str, Any] | None = None  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
     # λ, None: not recorded, or the norm has none; epoch 0 is the untrained network
@@ -118,8 +119,23 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     if len(folders) > 1 and len({(*run.words.items(), run.seed) for run in runs}) < len(runs):
         for run in runs:
             run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
+    _tell_data_apart(runs)
     runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
     return runs, broken, notes
+
+
+def _tell_data_apart(runs: list[Run]) -> None:
+    """Where data lie is no setting; but runs that saw other images are not the same, though they call them the same."""
+    seen: dict[tuple, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        asked = [(key, value) for key, value in run.settings.items() if key.startswith("data.") and key not in FREE]
+        if run.digests:
+            seen.setdefault((run.network, repr(asked)), {}).setdefault(run.digests, []).append(run)
+    for others in seen.values():
+        for digests, its in others.items() if len(others) > 1 else ():
+            for run in its:
+                place = run.settings.get("data.root") or "the cache"
+                run.words["data"] += f" of {place} ({digests[0][:6]})"
 
 
 def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:
@@ -167,7 +183,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     )
     mode, limit, ema, gate = (take(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
     details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
-    data = take("data.name")
+    data, source = take("data.name"), "/".join(Path(str(weights).removesuffix("/last.pt")).parts[-2:])
     words: dict[str, str] = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
@@ -183,7 +199,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
         "rate": f"rate {take('rate'):.4g}",
         "noise": f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise",
         "gems": f"GEMS {mode}{details}" if mode else "no GEMS",
-        "init_from": f"from {Path(str(weights).removesuffix('/last.pt')).name}" if weights else "from scratch",
+        "init_from": f"from {source}" if weights else "from scratch",
         "augment": "no augmentation" if augment == "none" else f"augmentation {augment}",
         "processes": f"{processes} processes",
     }
@@ -234,6 +250,7 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
         reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, words=describe(given, processes),
         commonest_class_error=_or(result.get("commonest_class_error"), float, math.nan),
         device=str(result.get("device") or ""),
+        digests=tuple(str(digest) for split, digest in (result.get("data") or {}).items() if split != "classes"),
     )  # fmt: skip
 
 
@@ -245,6 +262,8 @@ def _result(file: Path) -> dict:
     result = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(result, dict) or result.get("state") not in ("finished", "diverged"):
         raise ValueError('"state" is neither "finished" nor "diverged"')
+    if not isinstance(result.get("data") or {}, dict):
+        raise ValueError('"data" is no mapping')
     if result.get("commonest_class_error") is not None:
         float(result["commonest_class_error"])
     return result

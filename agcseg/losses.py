@@ -148,7 +148,7 @@ def contour_loss(logits: Tensor, contours: Tensor, labels: Tensor, kind: str = "
         raise ValueError(f"contour loss {kind!r} is not one of {', '.join(CONTOUR_LOSSES)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     inside = (dilate(contours, band) & (labels != IGNORE)).unsqueeze(1)
-    truth = contours.unsqueeze(1).to(logits.dtype)
+    truth = (contours.unsqueeze(1) * inside).to(logits.dtype)
     if kind == "bce":
         costs = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
         return costs.sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)

@@ -44,6 +44,11 @@ def test_a_large_window_is_the_map(window):
         torch.testing.assert_close(windowed.float()(z.float()), whole.float()(z.float()), rtol=0, atol=1e-6)
 
 
+def test_a_window_without_numbers():
+    """As a network of others is tried."""
+    assert window_mean(torch.empty(2, 3, 8, 6, device="meta"), 0.5).shape == (2, 3, 8, 6)
+
+
 def test_a_smaller_window_is_not():
     assert (window_mean(maps(), 13) - maps().mean((2, 3), keepdim=True)).abs().max() > 1e-3
 

@@ -1,8 +1,11 @@
 """ConvUnit obeys its parts; its fast form is as strict, and as open to torch's tools, as torch's own layers."""
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -41,6 +44,11 @@ def exchange(unit, channels=8, kernel_size=3, **options):
     unit.conv, unit.norm = nn.Conv2d(3, channels, kernel_size, padding=1, **options), AGC2d(channels)
 
 
+def circular(conv, x, filters, bias):
+    """As is put into single convolutions for pictures without seams."""
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), filters, bias)
+
+
 CHANGES = {
     "stride": lambda unit: setattr(unit.conv, "stride", (2, 2)),
     "dilation": lambda unit: setattr(unit.conv, "dilation", (2, 2)),
@@ -53,6 +61,8 @@ CHANGES = {
     "hook of the norm": lambda unit: unit.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
     "backward hook": lambda unit: unit.norm.register_full_backward_hook(lambda module, inputs, outputs: None),
     "pruning": lambda unit: prune.l1_unstructured(unit.conv, "weight", 0.5),
+    "padding of its own": lambda unit: setattr(unit.conv, "_conv_forward", MethodType(circular, unit.conv)),
+    "norm of its own": lambda unit: setattr(unit.norm, "forward", lambda maps: AGC2d.forward(unit.norm, 2 * maps)),
     "parametrisation": lambda unit: parametrizations.weight_norm(unit.conv),
 }  # fmt: skip
 
@@ -65,7 +75,7 @@ def test_unit_obeys_its_convolution_and_hooks(form, change):
     unit.double()
     assert not unit.is_fast
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    expected, output = literal(unit, x, 2 if change == "hook of the norm" else 1), unit(x)
+    expected, output = literal(unit, x, 2 if change in ("hook of the norm", "norm of its own") else 1), unit(x)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(output.square().sum(), list(unit.parameters()))
     wanted = torch.autograd.grad(expected.square().sum(), list(unit.parameters()))
@@ -153,6 +163,22 @@ def test_tracers_see_the_convolution(form):
     torch.testing.assert_close(traced(other), unit(other))
     fvcore = pytest.importorskip("fvcore.nn")
     assert fvcore.FlopCountAnalysis(unit, x).by_operator()["conv"] == 2 * 4 * 64 * 27
+
+
+@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
+def test_minibatches_of_any_size_are_one_program(form):
+    """Exported, one of torch's own operations."""
+    units = nn.Sequential(ConvUnit(3, 4), ConvUnit(4, 4))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(units, backend=counter, dynamic=True)
+    for n in (2, 3, 5):
+        x = torch.randn(n, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), units(x))
+        compiled(x).sum().backward()
+    assert counter.frame_count == 1
+    program = torch.export.export(units, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert "agcseg" not in str(program.graph) and "conv2d" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), units(x))
 
 
 @pytest.mark.parametrize("form", ["large", "small"], indirect=True)

@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -331,6 +332,55 @@ def test_an_input_overwritten_between_convolution_and_norm_raises():
         converted(x)
     with torch.no_grad():
         assert torch.equal(plain(x), converted(x))
+
+
+class Quantised(nn.Conv2d):
+    """Other weights for its own call, as in training with weights of few bits."""
+
+    def forward(self, x):
+        weight = self.weight.data
+        self.weight.data = weight.sign()
+        y = super().forward(x)
+        self.weight.data = weight
+        return y
+
+
+class Frozen(nn.Conv2d):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_convolutions_with_a_forward_of_their_own():
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Frozen(3, 4, 3), nn.BatchNorm2d(4))
+    converted = convert_batchnorm(model).model
+    converted(x).sum().backward()
+    assert [p.grad is not None for p in converted.parameters()] == [False] * 4 + [True] * 3
+    converted = convert_batchnorm(nn.Sequential(Quantised(3, 4, 3), nn.BatchNorm2d(4))).model
+    with pytest.raises(RuntimeError, match="were modified in place before its output was read"):
+        converted(x)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].forward = partial(nn.BatchNorm2d.forward, model[1])
+    replaced, left = convert_batchnorm(model)[1::2]
+    assert not replaced and left == {"1": "stays, BatchNorm2d: its forward was replaced"}
+
+
+def test_without_numbers():
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).model.to("meta")
+    assert model(torch.empty(2, 3, 6, 6, device="meta")).shape == (2, 4, 4, 4)
+
+
+def test_a_wrapped_network_is_converted_before(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_gloo_available():
+        pytest.skip("no gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="DistributedDataParallel, which would not see λ: convert, then wrap"):
+            convert_batchnorm(nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_checkpointing_goes_on_saving_memory():

@@ -532,6 +532,42 @@ def test_parameters_changed_before_backward_are_noticed():
         loss.backward()
 
 
+@pytest.mark.parametrize("name, size", [("segnet", (64, 64)), ("classnet", (128, 128))])
+def test_parameters_of_a_functional_call_serve_its_backward(name, size):
+    """The network has its own ones back by then."""
+    torch.manual_seed(0)
+    fast, images = build(name, num_classes=3, width=0.1, recompute=1 / 3).double(), torch.randn(1, 3, *size).double()
+    literal = build(name, num_classes=3, width=0.1, implementation="literal").double()
+    given = {key: (1.1 * p.detach()).requires_grad_() for key, p in fast.named_parameters()}
+    results = []
+    for network in (fast, literal):
+        outputs = torch.func.functional_call(network, given, (images,))
+        loss = (outputs if name == "segnet" else outputs.classes).square().sum()
+        results.append(torch.autograd.grad(loss, list(given.values()), allow_unused=True))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_hooked_stem_is_called_once():
+    network = build("segnet", num_classes=3, width=0.1, recompute=1 / 3)
+    seen = []
+    network.encoder[0][0].register_forward_hook(lambda *call: seen.append(call))
+    network(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert len(seen) == 1
+
+
+def test_upsampled_maps_are_computed_again():
+    """ClassNet's largest ones, for no arithmetic."""
+    network, images = build("classnet", num_classes=3, width=0.1, recompute=0.01), torch.randn(1, 3, 128, 128)
+    calls = []
+    run = network.upsample.forward
+    network.upsample.forward = lambda maps: calls.append(maps.shape) or run(maps)
+    loss = network(images).classes.sum()
+    forward = len(calls)
+    loss.backward()
+    assert forward == 7 and len(calls) == 14
+
+
 def test_what_has_no_numbers_is_not_computed_again():
     network = build("classnet", num_classes=3, width=0.1, recompute=1 / 3).to("meta")
     assert network(torch.empty(2, 3, 128, 128, device="meta")).classes.shape == (2, 3, 128, 128)

@@ -359,6 +359,15 @@ def test_mistakes(norm, options, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}, {"stride": 2}, {"groups": 3}])
+def test_maps_take_no_other_convolutions(options):
+    unit = ConvUnit(3, 6)
+    unit.conv = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False, **options)
+    GEMS(unit, "minibatch")
+    with pytest.raises(UserError, match="GEMS mode 'map' takes convolutions as ConvUnit makes them"):
+        GEMS(unit, "map")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_count_for_themselves_and_files_hold_the_network(mode):
     unit, x = make()

@@ -322,10 +322,11 @@ else:
 
     def test_a_label_that_is_no_class_is_told(monkeypatch):
         monkeypatch.setattr(losses, "kernels", lambda maps: kernels)
-        labels = torch.tensor([[[0, 1, 255, 0]], [[0, 3, 255, 0]]])
-        loss = losses.segmentation_loss(torch.zeros(2, 3, 1, 4), labels, torch.ones(3))
-        torch.testing.assert_close(loss[0], torch.tensor(3.0).log())
-        assert loss[1].isnan()
+        labels = torch.tensor([[[0, 1, 255, 0]], [[0, 3, 255, 0]], [[0, -1, 255, 0]]])
+        for weights in (torch.ones(3), None):
+            loss = losses.segmentation_loss(torch.zeros(3, 3, 1, 4), labels, weights)
+            torch.testing.assert_close(loss[0], torch.tensor(3.0).log())
+            assert loss[1:].isnan().all()
 
     def _flat(cells):
         h, w = cells.shape[2:]

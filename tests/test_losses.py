@@ -182,6 +182,13 @@ def test_no_contour_and_no_label_cost_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", CONTOUR_LOSSES)
+def test_contours_without_a_label_do_not_count(kind):
+    contours, labels = contour_example()
+    logits = torch.randn(2, 4 if kind == "class_iou" else 1, 12, 16)
+    assert contour_loss(logits, contours, torch.full_like(labels, 255), kind).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", CONTOUR_LOSSES)
 def test_only_labelled_pixels_near_a_contour_get_a_gradient(kind):
     contours, labels = contour_example()
     logits = torch.randn(2, 4 if kind == "class_iou" else 1, 12, 16, requires_grad=True)

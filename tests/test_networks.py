@@ -12,6 +12,7 @@ from torch import nn
 import agcseg
 from agcseg import AGC2d, ConvUnit
 from agcseg.nn import INITS, NORMS
+from agcseg.nn.init import initialise
 from agcseg.training.machine import keeping
 
 
@@ -97,6 +98,14 @@ def test_identity_init():
     maps = torch.rand(1, units[0].conv.in_channels, 32, 32)
     first = network.encoder[0][0](maps)
     assert torch.equal(network.encoder[0](maps)[0], first)  # λ=0: a stage is its first convolution
+
+
+def test_identity_of_parametrised_convolutions():
+    unit = ConvUnit(4, 4, identity=True)
+    torch.nn.utils.parametrizations.weight_norm(unit.conv)
+    initialise(unit, "identity")
+    impulse = torch.nn.init.dirac_(torch.empty(4, 4, 3, 3))
+    torch.testing.assert_close(unit.conv.weight.detach(), impulse)
 
 
 def test_head_norm():

@@ -56,6 +56,13 @@ def test_networks_of_any_norm_are_left_as_they_were(norm):
     assert all(unit.implementation == "fast" and not unit.norm._forward_hooks for unit in units)
 
 
+def test_a_compiled_network():
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), agcseg.AGC2d(4)), torch.randn(1, 3, 6, 6)
+    compiled = torch.compile(network, backend="eager")
+    compiled.eval()(x)
+    assert [*layer_signals(compiled, x)] == ["1"]
+
+
 def test_parts_in_evaluation_and_parts_for_training_only():
     class Network(nn.Module):
         def __init__(self):

@@ -134,7 +134,7 @@ class ClassNet(nn.Module):
         """Logits of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
             raise ValueError(f"ClassNet takes heights and widths in multiples of 128; got {tuple(images.shape[-2:])}")
-        if not can_rebuild(self._rebuilt):
+        if not can_rebuild(self._rebuilt, images):
             return self._forward(images)
         with rebuilding(self._rebuilt) as run:
             return self._forward(images, run)

@@ -89,7 +89,7 @@ class SegNet(nn.Module):
         """Class logits, (N, K, H, W), of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
             raise ValueError(f"SegNet takes heights and widths in multiples of 32; got {tuple(images.shape[-2:])}")
-        if not can_rebuild(self._rebuilt):
+        if not can_rebuild(self._rebuilt, images):
             return self._forward(images)
         with rebuilding(self._rebuilt) as run:
             return self._forward(images, run)

@@ -45,8 +45,10 @@ def agc_formula(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor)
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, a forward derivative or `torch.jit.trace` wants torch's own operations."""
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+    """Whether a transform of torch.func, a forward derivative, `torch.jit.trace` or `torch.export` wants torch's own
+    operations."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active() or traced or forward_ad._current_level >= 0
 
 
 def runs_eagerly() -> bool:

@@ -6,6 +6,7 @@ The estimators take (N, C, H, W) and give (N, C, H, W) or (N, C, 1, 1), of the s
 operations, for experiments: none of them has the fast form's memory or speed.
 """
 
+import contextlib
 import math
 
 import torch
@@ -29,7 +30,7 @@ def window_mean(maps: Tensor, window: int | float) -> Tensor:
         (N, C, H, W).
     """
     rows, columns = (_averages(side, window, maps) for side in maps.shape[2:])
-    with torch.autocast(maps.device.type, enabled=False):
+    with contextlib.nullcontext() if maps.is_meta else torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.T  # faster than pooling by far, whose time grows with the window
 
 

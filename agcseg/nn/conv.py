@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.fast import Parameters, agc_unit
-from agcseg.nn.pairs import has_hooks
+from agcseg.nn.pairs import has_forward_of_its_own, has_hooks
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
 IMPLEMENTATIONS = ("fast", "literal")
@@ -75,6 +75,7 @@ class ConvUnit(nn.Module):
             and conv.kernel_size[0] % 2 == 1
             and conv.padding == (conv.kernel_size[0] // 2,) * 2
             and not (has_hooks(conv) or has_hooks(norm))
+            and not (has_forward_of_its_own(conv) or has_forward_of_its_own(norm))
         )
 
     @property

@@ -11,7 +11,7 @@ from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
 from agcseg.nn.fast import AGCReLU2d
 from agcseg.nn.find import Findings, find
-from agcseg.nn.pairs import has_hooks, paired, unpaired
+from agcseg.nn.pairs import has_forward_of_its_own, has_hooks, paired, unpaired
 
 # By name, as their packages need not be installed.
 FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
@@ -83,7 +83,12 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
 
     Returns:
         the network, with lists of what was and what was not done. Of one that is converted already the first is empty.
+
+    Raises:
+        ValueError: `model` is, or holds, a DistributedDataParallel.
     """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("the network is wrapped in DistributedDataParallel, which would not see λ: convert, then wrap")
     findings = find(model, lambda module: isinstance(module, AGC2d) or _kind(module) in KINDS)
     layers = dict(model.named_modules())
     units = {unit.norm: unit for unit in layers.values() if isinstance(unit, ConvUnit)}
@@ -130,6 +135,8 @@ def _why_stays(name: str, module: nn.Module, findings: Findings) -> str | None:
         return None
     if kind in ANY_SHAPE and module not in findings.two_dimensional:
         return f"stays, {type(module).__name__}: it is not seen behind a two-dimensional layer"
+    if has_forward_of_its_own(module):
+        return f"stays, {type(module).__name__}: its forward was replaced"
     return None if kind in KINDS else f"stays, {type(module).__name__}: it is not BatchNorm2d"
 
 

@@ -185,9 +185,10 @@ def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     """
     if not maps.is_cpu:
         return maps.is_meta or transformed()
+    if transformed() or torch.compiler.is_compiling():
+        return transformed()
     n, _, height, width = maps.shape
-    small = n * num_features * height * width * positions <= SMALL
-    return transformed() or (small and not torch.compiler.is_compiling())
+    return n * num_features * height * width * positions <= SMALL
 
 
 def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry):

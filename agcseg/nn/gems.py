@@ -25,6 +25,7 @@ from agcseg.errors import UserError
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
 from agcseg.nn.norms import FRN2d, ScaledWS2d
+from agcseg.nn.pairs import has_forward_of_its_own
 
 MODES = ("minibatch", "map", "sample")
 GATES = ("relu", "grad")
@@ -90,6 +91,8 @@ class GEMS:
         for name, unit in self.units.items():
             if mode == "map" and not isinstance(unit.norm, SEPARATE):
                 raise UserError(f"GEMS mode 'map' cannot be used with {type(unit.norm).__name__}, which mixes maps")
+            if mode == "map" and not _is_plain(unit.conv):
+                raise UserError(f"GEMS mode 'map' takes convolutions as ConvUnit makes them; {name}.conv is another")
             unit.implementation = "literal"
             self._reset(name)
             self._hook(name, unit)
@@ -129,6 +132,12 @@ class GEMS:
         unit.norm.register_forward_hook(counter.passing)
         if self.mode == "map":
             unit.conv.register_forward_hook(counter.rewire)
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether `_Convolution` is its backward."""
+    as_made = type(conv) is nn.Conv2d and not has_forward_of_its_own(conv) and isinstance(conv.padding, tuple)
+    return as_made and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
 
 
 class _Counter:

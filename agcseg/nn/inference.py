@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from agcseg.nn.agc import AGC2d, _statistics_dtype, runs_eagerly
 from agcseg.nn.conv import ConvUnit
-from agcseg.nn.pairs import has_hooks
+from agcseg.nn.pairs import has_forward_of_its_own, has_hooks
 
 
 def inference_form(network: nn.Module) -> nn.Module:
@@ -42,7 +42,7 @@ def inference_form(network: nn.Module) -> nn.Module:
     for unit in units:
         if unit.is_plain and unit.conv.kernel_size[0] <= 3:
             unit.conv = AGCConv2d(unit.conv, unit.norm)
-        elif _is_constant(unit.norm) and type(unit.conv) is nn.Conv2d and not has_hooks(unit.conv):
+        elif _is_constant(unit.norm) and _is_as_made(unit.conv, nn.Conv2d):
             unit.conv = fuse_conv_bn_eval(unit.conv, unit.norm)
         else:
             continue
@@ -50,9 +50,13 @@ def inference_form(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False)
 
 
-def _is_constant(norm: nn.Module) -> bool:
+def _is_constant(norm: Any) -> bool:
     """Whether a norm is a scale and a shift and nothing else: subclasses bring an activation, say."""
-    return type(norm) is nn.BatchNorm2d and norm.track_running_stats and not has_hooks(norm)
+    return _is_as_made(norm, nn.BatchNorm2d) and norm.track_running_stats
+
+
+def _is_as_made(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind and not has_hooks(module) and not has_forward_of_its_own(module)
 
 
 class AGCConv2d(nn.Module):

@@ -32,19 +32,22 @@ def initialise(network: nn.Module, init: str = "he") -> None:
     gain = math.sqrt(2 / (1 - 1 / math.pi)) if init == "he_centered" else math.sqrt(2)
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there torch would load much to do nothing
-            with torch.no_grad():
-                weight = torch.empty_like(module.weight).normal_(std=gain / math.sqrt(module.weight[0].numel()))
-                if is_parametrized(module, "weight"):  # what is read is made anew each time
-                    module.weight = weight
-                else:
-                    module.weight.copy_(weight)
+            std = gain / math.sqrt(module.weight[0].numel())
+            _assign(module, torch.empty_like(module.weight).normal_(std=std))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if init == "identity":
         for module in network.modules():
             if isinstance(module, ConvUnit) and module.identity:
-                weight = module.conv.weight
-                nn.init.dirac_(weight)
+                weight = nn.init.dirac_(torch.empty_like(module.conv.weight))
                 if module.identity == "last":
-                    with torch.no_grad():
-                        weight.copy_(weight.roll(weight.shape[1] - weight.shape[0], 1))
+                    weight = weight.roll(weight.shape[1] - weight.shape[0], 1)
+                _assign(module.conv, weight)
+
+
+@torch.no_grad()
+def _assign(conv: nn.Conv2d, weight: torch.Tensor) -> None:
+    if is_parametrized(conv, "weight"):  # what is read is made anew each time
+        conv.weight = weight
+    else:
+        conv.weight.copy_(weight)

@@ -122,7 +122,7 @@ class Deferred(Tensor):
 
     _call: tuple[Tensor, Tensor, Tensor | None, Geometry]
     _maps: Tensor | None  # once it has run
-    _versions: list[int | None]  # of what it reads, when it was put off
+    _versions: list[tuple[int, int] | None]  # of what it reads, when it was put off
     _autocast: tuple[bool, torch.dtype]
 
     @staticmethod
@@ -184,8 +184,9 @@ def _lost(grad: Tensor | None = None) -> NoReturn:
     )
 
 
-def _versions(*tensors: Tensor | None) -> list[int | None]:
-    return [None if t is None else t._version for t in tensors]
+def _versions(*tensors: Tensor | None) -> list[tuple[int, int] | None]:
+    """Of tensors' values: what `.data =` puts in their place has another storage."""
+    return [None if t is None else (t._version, t.untyped_storage().data_ptr()) for t in tensors]
 
 
 def _autocast(input: Tensor) -> tuple[bool, torch.dtype]:
@@ -241,7 +242,7 @@ class _PuttingOff(TorchFunctionMode):
     """Puts off the calls of conv2d within, where nothing about them is unusual."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.conv2d:
+        if func is torch.conv2d and torch.is_grad_enabled():  # a forward of its own may have none of this
             call = _Call(*args, **(kwargs or {})).numbers()
             if call is not None:
                 return Deferred.of(*call)
@@ -264,7 +265,7 @@ class _Call(NamedTuple):
         usual = all(type(t) in (Tensor, nn.Parameter) and t.is_floating_point() for t in (input, weight))
         if (
             usual
-            and not any(t.is_inference() for t in (input, weight))
+            and not any(t.is_inference() or t.is_meta for t in (input, weight))
             and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
             and input.device == weight.device
             and input.dim() == 4
@@ -285,3 +286,9 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward: pruning, the old weight norm, whatever users hang on."""
     own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(own) or nn.modules.module._has_any_global_hook()
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether somebody has replaced the forward of this one object, as is done for circular padding."""
+    own = vars(module)
+    return "forward" in own or "_conv_forward" in own

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from agcseg.errors import UserError
 from agcseg.nn.agc import transformed
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.fast import agc_unit
 from agcseg.nn.pairs import has_hooks
 
 
@@ -57,9 +58,15 @@ def choose(costs: Collection[Cost], budget: float) -> set[nn.Module]:
     return chosen
 
 
-def can_rebuild(chosen: Collection[nn.Module]) -> bool:
+def can_rebuild(chosen: Collection[nn.Module], images: Tensor) -> bool:
     """Whether there is a backward to come, and torch lets us decide what it is given."""
-    return bool(chosen) and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed()
+    return (
+        bool(chosen)
+        and not images.is_meta
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not transformed()
+    )
 
 
 class _Output:
@@ -126,16 +133,16 @@ def rebuilding(chosen: Collection[nn.Module]) -> Iterator[Callable]:
         output = outputs.get(_address(tensor))
         return output if output is not None and _same(output.maps(), tensor) else tensor
 
-    def run(unit, *arguments, **options):
+    def run(unit, input, **options):
         nonlocal own
-        if unit not in chosen or not _is_steady(unit):
-            return unit(*arguments, **options)
+        if unit not in chosen or not _is_steady(unit, options.get("stem")):
+            return unit(input, **options)
         own = []
-        result = unit(*arguments, **options)
+        result = unit(input, **options)
         maps = result[0] if isinstance(result, tuple) else result
         address = _address(maps)
-        call = _again(unit, maps.device.type, *tree_map_only(Tensor, known, (arguments, options)))
-        output = _Output(maps, call)
+        given = tree_map_only(Tensor, known, (input, options))
+        output = _Output(maps, _again(unit, maps.device.type, *given))
         for kept in own:
             if _same(maps, kept.packed):
                 kept.packed = output
@@ -151,21 +158,30 @@ def rebuilding(chosen: Collection[nn.Module]) -> Iterator[Callable]:
         yield run
 
 
-def _again(unit: nn.Module, device: str, arguments, options) -> Callable[[], Tensor]:
+def _again(unit: nn.Module, device: str, input, options: dict) -> Callable[[], Tensor]:
+    """The unit's call once more, with the parameters that it has now: `functional_call` takes them back before backward
+    runs."""
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    parameters = [parameter.detach() for parameter in unit.agc_parameters] if isinstance(unit, ConvUnit) else None
+    if options.get("stem"):
+        options = options | {"stem": tuple(parameter.detach() for parameter in options["stem"].agc_parameters)}
 
     def call():
-        given = tree_map_only(_Output, _Output.get, (arguments, options))
+        maps, own = tree_map_only(_Output, _Output.get, (input, options))
         with torch.no_grad(), torch.autocast(device, cache_enabled=False, **autocast):
-            result = unit(*given[0], **given[1])
+            result = agc_unit(maps, *parameters, **own) if parameters else unit(maps)
         return result[0] if isinstance(result, tuple) else result
 
     return call
 
 
-def _is_steady(unit: nn.Module) -> bool:
+def _is_steady(unit: nn.Module, stem: ConvUnit | None) -> bool:
     """Whether the unit gives the same whenever it is called with the same, and nobody sees that it is called twice."""
-    return isinstance(unit, ConvUnit) and unit.is_fast and not has_hooks(unit) and not unit.conv.weight.is_meta
+    if any(has_hooks(module) for module in (unit, stem) if module is not None):
+        return False
+    units = [unit] if stem is None else [unit, stem]
+    plain = all(isinstance(one, ConvUnit) and one.is_fast for one in units)
+    return plain or type(unit) is nn.Upsample
 
 
 def _held(tensor: Tensor) -> tuple[Tensor, int | None]:

@@ -44,6 +44,7 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
             lambda_q25, lambda_q50, lambda_q75, lambda_max) and the shares of λ below 0 and above 1 (lambda_negative,
             lambda_above_1), over the filters that are not dead; None if all are.
     """
+    network = getattr(network, "_orig_mod", network)  # a compiled one's, whose hooks would not run
     names = dict(_layers(network))
     seen: dict[nn.Module, _Seen] = {}
 

@@ -364,9 +364,10 @@ def _pixels(
     label = tl.load(labels + p, mask=p < P, other=IGNORE).to(tl.int32)
     mask = (p < P)[:, None] & (k < K)[None, :]
     x = tl.load(logits + p[:, None] * sp + k[None, :] * sk, mask=mask, other=-float("inf")).to(tl.float32)
-    weight = tl.where(label < K, 1.0, float("nan"))  # torch's gather would end the program
+    known = (label >= 0) & (label < K)
+    weight = tl.where(known, 1.0, float("nan"))  # torch's gather would end the program
     if WEIGHTED:
-        weight = tl.load(weights + label, mask=label < K, other=float("nan")).to(tl.float32)
+        weight = tl.load(weights + label, mask=known, other=float("nan")).to(tl.float32)
     x -= tl.where(p < P, tl.max(x, 1), 0.0)[:, None]
     return x, k[None, :] == label[:, None], tl.where(label == IGNORE, 0.0, weight), label != IGNORE
 

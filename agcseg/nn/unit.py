@@ -305,12 +305,12 @@ def _fake_forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums)
     sides = x.shape[2:] if unpool is None else [2 * side for side in x.shape[2:]]
     kernel = filters.shape[2:]
     sides = [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
-    shape = (len(x), len(filters), *(side // 2 if pool else side for side in sides))
+    shape = (x.shape[0], len(filters), *(side // 2 if pool else side for side in sides))
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(inputs, filters))
     winners = torch.empty_like(output, dtype=torch.uint8) if pool else x.new_empty(0)
     dtype = passes.statistics_dtype(x)
-    mean = x.new_empty((len(x), len(filters)), dtype=dtype)
-    stem_mean = x.new_empty((len(x), len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
+    mean = x.new_empty((x.shape[0], len(filters)), dtype=dtype)  # its len would fix the size of the minibatch
+    stem_mean = x.new_empty((x.shape[0], len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
     return output, winners, mean, stem_mean, *(x.new_empty(0) for _ in range(3))
 
 
@@ -320,7 +320,7 @@ def _fake_backward(
     gradients = [torch.empty_like(p) for p in (*parameters, *(stem or parameters))]
     memory_format = passes.layout(output)
     for i in range(0, len(shapes), 3):
-        shape = (len(output), *shapes[i : i + 3])
+        shape = (output.shape[0], *shapes[i : i + 3])
         gradients.append(torch.empty(shape, dtype=output.dtype, device=output.device, memory_format=memory_format))
     gradients = [g if need else output.new_empty(0) for g, need in zip(gradients, needs, strict=True)]
     return [*gradients, output.new_empty(0)]

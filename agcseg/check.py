@@ -136,6 +136,8 @@ def _check_names(config: Config, expect: Callable) -> None:
         channels = config.network.options.get("in_channels", 3)
         expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
     expect(bool(config.name), "name: must not be empty")
+    named = config.network.name
+    expect("/" not in named, f"network.name={named}: stands in the names of folders, and must not hold a slash")
     for key in ("name", "run"):
         value = getattr(config, key) or ""
         expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
@@ -195,7 +197,7 @@ def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:
     one_of("optimizer", config.optimizer, OPTIMIZERS)
     warmup, lr = config.warmup, config.lr
     expect(0 <= warmup < max(config.epochs, 1), f"warmup={warmup}: must be at least 0 and below epochs={config.epochs}")
-    expect(lr.power > 0, f"lr.power={lr.power}: must be positive")
+    expect(0 < lr.power < float("inf"), f"lr.power={lr.power}: must be positive and finite")
     expect(lr.step_epochs >= 1, f"lr.step_epochs={lr.step_epochs}: must be at least 1")
     expect(0 < lr.step_factor <= 1, f"lr.step_factor={lr.step_factor}: must be above 0 and at most 1")
     if config.optimizer == "adamw":
@@ -208,8 +210,12 @@ def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:
     augment, size = config.augment, config.data.size
     scale, crop = augment.scale, augment.crop
     expect(
-        len(scale) == 2 and 0 < scale[0] <= scale[1] < float("inf"),
-        f"augment.scale={scale}: must be [smallest,largest], both positive",
+        len(scale) == 2 and 0 < scale[0] <= scale[1] <= 100,
+        f"augment.scale={scale}: must be [smallest,largest], both positive, and at most 100",
+    )
+    expect(
+        len(scale) != 2 or len(size) != 2 or scale[0] * min(size) >= 1,
+        f"augment.scale={scale}: leaves nothing of images of data.size={size}",
     )
     if crop is not None:
         multiple = kind(config.network.name).multiple
@@ -224,7 +230,7 @@ def _check_recipe(config: Config, expect: Callable, one_of: Callable) -> None:
     expect(0 <= augment.flip <= 1, f"augment.flip={augment.flip}: a probability, from 0 to 1")
     for key in ("brightness", "contrast", "saturation"):
         value = getattr(augment, key)
-        expect(0 <= value < float("inf"), f"augment.{key}={value}: must be finite and not negative")
+        expect(0 <= value <= 100, f"augment.{key}={value}: must be from 0 to 100")
     expect(0 <= augment.hue <= 0.5, f"augment.hue={augment.hue}: must be from 0 to 0.5")
     expect(not (augment.flip and config.data.flip), "data.flip=true: augment.flip does it already")
 

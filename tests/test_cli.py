@@ -114,6 +114,7 @@ def inside(monkeypatch, tmp_path, capsys):
         (["data.root=/my data (1)"], 2, "/my data (1) (data.root), and is not complete there"),
         (["minibatch=abc"], 1, "could not be converted to Integer"),
         (["minibatch=0"], 2, "minibatch=0: must be at least 1"),
+        (["name=a${b"], 2, "name=a${b: '${' begins a reference to another key"),
         (["norm.options.eps=1"], 2, "norm 'agc' has no option eps; it takes mean_scale"),
     ],
 )

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from agcseg import build
 from agcseg.check import check
 from agcseg.cli import CONFIGS, hydra_arguments, to_object
-from agcseg.cli.jobs import check_sweep, folder_of
+from agcseg.cli.jobs import _jobs as jobs_of
+from agcseg.cli.jobs import check_sweep, folder_of, spelled_as_in_files
 from agcseg.config import Config, momentum, rate
 from agcseg.errors import UserError
 from agcseg.record.identity import FREE
@@ -191,6 +192,11 @@ def test_small_sizes_that_work(overrides):
         (["network.width=inf"], "network.width=inf: must be positive, and at most 100"),
         (["seed=18446744073709551616"], "must not be negative, and below 2^63"),
         (["weight_decay=inf"], "weight_decay=inf: must be finite and not negative"),
+        (["network=custom", "network.name=smp/unet"], "network.name=smp/unet: stands in the names of folders"),
+        (["augment.scale=[0.001,1]"], "augment.scale=[0.001, 1.0]: leaves nothing of images of data.size=[256, 512]"),
+        (["augment.scale=[1,1000]"], "must be [smallest,largest], both positive, and at most 100"),
+        (["augment.contrast=1e300"], "augment.contrast=1e+300: must be from 0 to 100"),
+        (["lr.power=inf"], "lr.power=inf: must be positive and finite"),
         (["init_from="], "init_from: must not be empty; null for none"),
         (["data.cache_dir="], "data.cache_dir: must not be empty"),
         (["noise.gain=1.5"], "noise.gain=1.5: must be between 0 and 1"),
@@ -306,6 +312,8 @@ def test_a_folders_name_is_short():
         (["data.root=/a,/b"], "data.root=/a", "data.root=/b"),
         (["lr.value=null,0.08"], "lr.value=null", "lr.value=0.08"),
         (["run=one", "norm=agc,bn"], "norm=agc", "norm=bn"),
+        (["augment=flip", "epochs=2,1"], "epochs=2", "epochs=1"),
+        (["augment=none,flip", "minibatch=abc,4", "epochs=2,1"], "epochs=2", "epochs=1"),
     ],
 )
 def test_a_sweep_whose_runs_would_share_a_folder_is_refused(overrides, one, other):
@@ -315,6 +323,26 @@ def test_a_sweep_whose_runs_would_share_a_folder_is_refused(overrides, one, othe
     said = str(error.value)
     assert ("they differ in nothing" in said) == (overrides[0].startswith(("network", "channels", "data", "lr")))
     assert {one, other} <= set(re.split(r"[ ;]|\. ", said)), said
+
+
+def test_options_that_an_experiment_sweeps_can_be_given():
+    """By themselves, though Hydra takes a key with a plus for another."""
+    own = ["network.init=he", "norm.options.background=trimmed", "norm.options.mean_scale=0.25,0.5", "seed=1,2"]
+    arguments = hydra_arguments("agcseg-train", ["-m", "experiment=background", *own], Config)
+    assert "++norm.options.background=trimmed" in arguments
+    arguments = spelled_as_in_files(arguments)
+    assert {"norm.options.background=trimmed", "++norm.options.mean_scale=0.25,0.5"} <= {*arguments}
+    check_sweep(arguments)
+    jobs = {job for job, *_ in jobs_of(arguments[1:], "train", (CONFIGS,))}
+    assert len(jobs) == 4 and all("norm.options.background=trimmed" in job for job in jobs)
+
+
+def test_files_of_ones_own_are_seen_by_the_check(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.yaml").write_text("# @package _global_\nepochs: 3\n")
+    for place in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
+        with pytest.raises(UserError, match="two runs of this sweep have one folder"):
+            check_sweep(["-m", *place, "+mine=a", "network.implementation=fast,literal"])
 
 
 def test_sweeps_that_may_start():
@@ -344,7 +372,7 @@ def test_a_mistyped_key_is_refused_whatever_way_it_comes_in(plus, key, capsys):
 
 
 TEXTS = [
-    "2026_11_25", "1e3", "1.50", "true", "it's", 'a "b"', "a=b", "/my data (1)", "[x]", "{y}", "Zürich", "a${x}b",
+    "2026_11_25", "1e3", "1.50", "true", "it's", 'a "b"', "a=b", "/my data (1)", "[x]", "{y}", "Zürich",
     "a, b", "-x", "a#b", "%", "a\\b", "a\\", "@", "*", "null1", " ", "choice(a)", "~/x",
 ]  # fmt: skip
 
@@ -363,6 +391,13 @@ def test_texts_arrive_as_they_are_typed(text):
     assert [config(*job).data.root for job in jobs] == [text, "other"]
 
 
+@pytest.mark.parametrize("text", ["a${x}b", "${", "a${b"])
+def test_a_text_is_no_part_of_a_reference(text):
+    """It would be read as one from the run's config.yaml."""
+    with pytest.raises(UserError, match=r"data.root=.*: '\$\{' begins a reference to another key"):
+        config(*hydra_arguments("agcseg-train", [f"data.root={text}"], Config))
+
+
 def test_texts_that_mean_something():
     for argument, value in (
         ("data.root=null", None), ("data.root='a b'", "a b"), ("data.root=${data.name}", "cityscapes"),
@@ -370,6 +405,8 @@ def test_texts_that_mean_something():
     ):  # fmt: skip
         assert config(*hydra_arguments("agcseg-train", [argument], Config)).data.root == value
     assert hydra_arguments("p", ["-m", "data.root='a,b',c"], Config)[1] == "data.root='a,b',c"
+    swept = hydra_arguments("p", ["-m", "data.root=${oc.env:NOWHERE,x}/y,c"], Config)[1]
+    assert swept == "data.root='${oc.env:NOWHERE,x}/y',c"
 
 
 def test_configs_are_plain_yaml():

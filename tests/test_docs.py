@@ -41,7 +41,7 @@ import agcseg.cli.predict
 import agcseg.cli.report
 from agcseg.check import check
 from agcseg.cli import CONFIGS, hydra_arguments, parse_run, to_object
-from agcseg.cli.jobs import folder_of
+from agcseg.cli.jobs import check_sweep, folder_of, spelled_as_in_files
 from agcseg.config import Config
 from agcseg.data import LAYOUTS
 from agcseg.networks import NETWORKS, classnet, segnet
@@ -107,6 +107,9 @@ def jobs(arguments: tuple[str, ...]) -> list[tuple[Config, Path]]:
     sweeps, or a pattern takes of a folder, the first; test_config.py checks the others.
     """
     typed = hydra_arguments("agcseg-train", list(arguments), Config)
+    if {"-m", "--multirun"} & {*typed}:
+        typed = spelled_as_in_files(typed)
+        check_sweep(typed)
     overrides = [argument for argument in typed if argument not in ("-m", "--multirun")]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         chosen = [overrides]

@@ -347,7 +347,7 @@ def test_commit_and_changes(tmp_path, monkeypatch):
         (["augment.scale=[2,1]"], "augment.scale=[2.0, 1.0]: must be [smallest,largest]"),
         (["augment.flip=2"], "augment.flip=2.0: a probability"),
         (["augment.hue=0.6"], "augment.hue=0.6: must be from 0 to 0.5"),
-        (["augment.contrast=-1"], "augment.contrast=-1.0: must be finite and not negative"),
+        (["augment.contrast=-1"], "augment.contrast=-1.0: must be from 0 to 100"),
         (["augment=flip", "data.flip=true"], "data.flip=true: augment.flip does it already"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from agcseg import __version__
 from agcseg.errors import UserError
+from agcseg.record.identity import flat
 
 logging.raiseExceptions = False  # a closed pipe is no reason for a traceback per line
 for _stream in (sys.stdout, sys.stderr):
@@ -128,8 +130,8 @@ def _keys(node: DictConfig, prefix: str = "") -> tuple[list[str], set[str]]:
 
 
 def _parts(value: str) -> list[str]:
-    """The values of a sweep: what is between commas, quoted ones whole."""
-    return re.findall(rf"(?:^|,)({_IN_QUOTES}(?=,|$)|[^,]*)", value)
+    """The values of a sweep: what is between commas, quoted ones and references whole."""
+    return re.findall(rf"(?:^|,)({_IN_QUOTES}(?=,|$)|(?:\$\{{[^{{}}]*\}}|[^,])*)", value)
 
 
 def _quoted(text: str, known: list[str], parser) -> str:
@@ -218,9 +220,13 @@ def to_object(cfg: DictConfig, schema: type):
 
     check(cfg)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from None
+    for key, value in flat(asdict(typed)).items():
+        if isinstance(value, str) and "${" in value:  # which whoever reads the run's config.yaml would take for one
+            raise UserError(f"{key}={value}: '${{' begins a reference to another key, and can be no part of a text")
+    return typed
 
 
 @contextlib.contextmanager

@@ -70,6 +70,19 @@ def with_own_hydra(arguments: list[str]) -> list[str]:
     return arguments + [f"{key}={value}" for key, value in OWN_HYDRA.items() if key not in given]
 
 
+def spelled_as_in_files(arguments: list[str]) -> list[str]:
+    """The command line of a sweep. Hydra's sweeper takes `++KEY=1` and the KEY that an experiment's file sweeps for two
+    keys, and would multiply them out: such a key is written as it is there."""
+    flags, places = _flags(arguments)
+    with contextlib.suppress(HydraException, OmegaConfBaseException):  # Hydra says it better
+        swept = _sweeper(flags.overrides, flags.config_name or "train", places)[0].params or {}
+        return [
+            bare if (bare := text.lstrip("+")).partition("=")[0] in swept and text.startswith("++") else text
+            for text in arguments
+        ]
+    return arguments
+
+
 def check_sweep(arguments: list[str]) -> None:
     """Look at all jobs of a sweep before the first one starts.
 
@@ -83,14 +96,14 @@ def check_sweep(arguments: list[str]) -> None:
     name = flags.config_name or "train"
     folders: dict[Path, tuple[tuple[str, ...], Config]] = {}
     try:
-        for job, values in _jobs(flags.overrides, name, places):
-            cfg = copy.deepcopy(_composed(_choices(job), name, places))
-            for override in values:
-                OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+        for job, choices, values in _jobs(flags.overrides, name, places):
             try:
+                cfg = copy.deepcopy(_composed(choices, name, places))
+                for override in values:
+                    OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
                 config = to_object(cfg, Config)
                 folder = folder_of(config, job, name, places)
-            except UserError:
+            except (UserError, HydraException, OmegaConfBaseException):
                 continue  # it fails by itself, and the others run
             if folder in folders:
                 earlier, its = folders[folder]
@@ -106,13 +119,22 @@ def check_sweep(arguments: list[str]) -> None:
         pass  # Hydra says it better
 
 
-def _jobs(overrides: list[str], name: str, places: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Override]]]:
-    """Each job of a sweep once: its overrides, and those of them that give a value to a key."""
+def _sweeper(
+    overrides: list[str], name: str, places: tuple[str, ...]
+) -> tuple[DictConfig, list[Override], OverridesParser]:
+    """What sweeps: its configuration, and the overrides with what reads them."""
     with _hydra(places):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = parser.parse_overrides(overrides)
-    fixed = [part.input_line for part in given if not part.is_sweep_override()]
-    sweeper = _composed(tuple(fixed), name, places, whole=True).hydra.sweeper
+    fixed = [part.input_line or "" for part in given if not part.is_sweep_override()]
+    return _composed(tuple(fixed), name, places, whole=True).hydra.sweeper, given, parser
+
+
+def _jobs(
+    overrides: list[str], name: str, places: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], list[Override]]]:
+    """Each job of a sweep once: its overrides, those that choose a file, and those that give a value to a key."""
+    sweeper, given, parser = _sweeper(overrides, name, places)
     if not sweeper._target_.endswith("BasicSweeper"):
         return
     for part in given:
@@ -126,21 +148,30 @@ def _jobs(overrides: list[str], name: str, places: tuple[str, ...]) -> Iterator[
                     )
     swept = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
     for job in dict.fromkeys(map(tuple, BasicSweeper.split_arguments([*swept, *given], None)[0])):
-        parts = parser.parse_overrides(list(job))
-        yield (
-            job,
-            [
-                part
-                for part in parts
-                if not (_choices([part.input_line or ""]) or part.is_delete() or part.is_hydra_override())
-            ],
-        )
+        parts = [part for part in parser.parse_overrides(list(job)) if not part.is_hydra_override()]
+        choosing = [part for part in parts if _is_group(part.key_or_group, name, places)]
+        values = [part for part in parts if part not in choosing and not part.is_delete()]
+        yield job, tuple(part.input_line or "" for part in choosing), values
+
+
+@functools.cache
+def _is_group(key: str, name: str, places: tuple[str, ...]) -> bool:
+    """Whether a key chooses a file, among those of one's own too."""
+    with _hydra(places):
+        loader = GlobalHydra.instance().config_loader()
+        return "." not in key and bool(loader.get_group_options(key, config_name=name, overrides=_search(places)))
 
 
 def _flags(arguments: list[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
     """Hydra's flags, and the folders of configurations."""
     flags = get_args_parser().parse_args(arguments)
-    return flags, (flags.config_path or CONFIGS, *filter(None, [flags.config_dir]))
+    places = [flags.config_path or CONFIGS, *filter(None, [flags.config_dir])]
+    for text in flags.overrides:
+        key, _, value = text.partition("=")
+        if key.lstrip("+") == "hydra.searchpath":
+            with contextlib.suppress(HydraException, TypeError):  # Hydra says it better
+                places += OverridesParser.create().parse_override(f"{key}={value}").value()
+    return flags, tuple(places)
 
 
 def _is_plain(name: str, places: tuple[str, ...]) -> bool:
@@ -160,8 +191,13 @@ def _choices(overrides: Iterable[str]) -> tuple[str, ...]:
 @functools.cache
 def _composed(overrides: tuple[str, ...], name: str, places: tuple[str, ...], whole: bool = False) -> DictConfig:
     with _hydra(places):
-        search = [f"hydra.searchpath=[{','.join(repr(f'file://{os.path.abspath(place)}') for place in places[1:])}]"]
-        return hydra.compose(name, [*overrides, *search * (len(places) > 1)], return_hydra_config=whole)
+        return hydra.compose(name, [*overrides, *_search(places)], return_hydra_config=whole)
+
+
+def _search(places: tuple[str, ...]) -> list[str]:
+    """The override that has Hydra search all places; those without a scheme are folders."""
+    others = [place if "://" in place else f"file://{os.path.abspath(place)}" for place in places[1:]]
+    return [f"hydra.searchpath=[{','.join(map(repr, others))}]"] if others else []
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, sentence, to_object
-from agcseg.cli.jobs import check_sweep, folder_of, with_own_hydra
+from agcseg.cli.jobs import check_sweep, folder_of, spelled_as_in_files, with_own_hydra
 from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.training import parallel
@@ -30,12 +30,17 @@ def _job(cfg) -> float | None:
     hydra_config = HydraConfig.get()
     try:
         config = to_object(cfg, Config)
-        sources = {source.provider: source.path for source in hydra_config.runtime.config_sources}
-        places = [sources[provider] for provider in ("main", "command-line") if provider in sources]
+        if hydra_config.job.chdir:
+            raise UserError("hydra.job.chdir=true: runs go to outputs/ of the folder that agcseg-train is started in")
+        places = [
+            source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+            for source in sorted(hydra_config.runtime.config_sources, key=lambda source: source.provider != "main")
+            if source.provider.startswith(("main", "command-line", "hydra.searchpath"))
+        ]
         folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name or "train", places)
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
-        with _stopped_at_once() if ours else contextlib.nullcontext():
+        with _stopped_at_once(config.resume) if ours else contextlib.nullcontext():
             result = run(config, folder)
         return 1.0 if result["state"] == "diverged" else result.get("pixel_error")  # nothing is worse, for a sweeper
     except (UserError, OSError) as mistake:
@@ -57,7 +62,7 @@ def _job(cfg) -> float | None:
 
 
 @contextlib.contextmanager
-def _stopped_at_once():
+def _stopped_at_once(resume: bool):
     """Let SIGTERM and Ctrl-C end the process without another step, as safely as kill -9: all files are written whole.
 
     An exception raised wherever the signal arrives may find a lock held, TensorBoard's or the log's, that the way out
@@ -65,7 +70,8 @@ def _stopped_at_once():
     """
 
     def stop(number: int, frame) -> None:
-        os.write(2, b"\nagcseg-train: stopped; the same command goes on from the last checkpoint\n")
+        how = "the same command goes on" if resume else "with resume=true and run=, the name of its folder, it goes on"
+        os.write(2, f"\nagcseg-train: stopped; {how} from the last checkpoint\n".encode())
         os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -115,6 +121,7 @@ def _main() -> None:
     _refuse_folders(arguments)
     sys.argv[1:] = with_own_hydra(arguments)
     if sweep:
+        sys.argv[1:] = spelled_as_in_files(sys.argv[1:])
         check_sweep(sys.argv[1:])
     _job()
     parallel.leave()

@@ -103,9 +103,10 @@ def folder_name(config: Config, usual: Config) -> str:
     for key, value in sorted(complete(asdict(config)).items()):
         if key not in FREE | IN_NAME | {"epochs"} and value != ordinary.get(key):
             name += f"-{key}={_short(value)}"
-    if len(name) <= LONGEST:
+    whole = os.fsencode(name)
+    if len(whole) <= LONGEST:
         return name
-    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{whole[: LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _short(value: Any) -> str:

@@ -79,6 +79,7 @@ def try_lock(path: Path) -> int | None:
         the descriptor that holds the lock, to be closed; None if somebody else has it.
     """
     with contextlib.suppress(OSError):  # it is there, or cannot be
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         os.fchmod(descriptor, 0o644)
         os.close(descriptor)

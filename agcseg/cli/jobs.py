@@ -169,8 +169,9 @@ def _flags(arguments: list[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
     for text in flags.overrides:
         key, _, value = text.partition("=")
         if key.lstrip("+") == "hydra.searchpath":
-            with contextlib.suppress(HydraException, TypeError):  # Hydra says it better
-                places += OverridesParser.create().parse_override(f"{key}={value}").value()
+            with contextlib.suppress(HydraException):  # Hydra says it better
+                given = OverridesParser.create().parse_override(f"{key}={value}").value()
+                places += given if isinstance(given, list) else []
     return flags, tuple(places)
 
 

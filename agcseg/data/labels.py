@@ -27,7 +27,7 @@ class Classes:
     colors: tuple[Color, ...]
     from_file: dict[int, int]
     from_color: dict[Color, int] = field(default_factory=dict)
-    numbered: bool = True
+    numbered: bool = field(default=True, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -77,6 +77,7 @@ class Classes:
             "colors": [list(color) for color in self.colors],
             "from_file": [list(item) for item in self.from_file.items()],
             "from_color": [[*color, number] for color, number in self.from_color.items()],
+            "numbered": self.numbered,
         }
 
     @classmethod
@@ -87,6 +88,7 @@ class Classes:
             tuple(tuple(color) for color in stored["colors"]),
             dict(map(tuple, stored["from_file"])),
             {tuple(color): number for *color, number in stored["from_color"]},
+            stored.get("numbered", True),
         )
 
 

@@ -27,7 +27,7 @@ def table(
     rounds: int,
     memory: bool = True,
     say: Callable[[str], None] = lambda line: None,
-    keep: Callable[[list[dict]], None] = lambda rows: None,
+    keep: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
     """Measure all cases; one row each.
 
@@ -150,7 +150,7 @@ def _first(case: Case) -> dict:
         return next(answers)
 
 
-def frontier_table(cases: list[Case], keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+def frontier_table(cases: list[Case], keep: Callable[[list[dict]], object] = lambda rows: None) -> list[dict]:
     """`frontier` of all cases, each in a process of its own; a row for each budget, with "kept_to_bn" and "extra_flop",
     the share of its arithmetic that is added, against the case of the same network, minibatch and precision that is
     plain BN, and comes first; if that failed, without them."""

@@ -299,6 +299,11 @@ def test_lambda_at_its_start_and_at_its_end(tmp_path):
         assert line.get_ydata() == pytest.approx(0.25 * start + levels / 8, abs=0.05)
         assert line.get_label() == f"λ from {start:g}, epoch 4, 2 seeds"
     assert [text.get_text() for text in axis.get_xticklabels()][:2] == ["encoder.0.0", "encoder.1.0"]
+    long = {f"AGC, {name}, init identity, augmentation standard": seeds for name, seeds in starts.items()}
+    wide = lambda_starts_figure(long, [*long])
+    wide.canvas.draw()
+    legend = wide.legends[0].get_window_extent()
+    assert wide.bbox.x0 <= legend.x0 and legend.x1 <= wide.bbox.x1
     assert lambda_starts({name: groups[name] for name in ("λ from 0",)}) == {}
 
 

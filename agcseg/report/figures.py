@@ -271,7 +271,9 @@ def lambda_starts_figure(groups: Settings, names: Sequence[str]) -> Figure:
     axis.set(xlim=(-0.5, len(depth) - 0.5), ylabel="mean λ of the layer")
     axis.set_xticks(depth, layers, rotation=90, fontsize=8)
     axis.grid(axis="y", alpha=0.25)
-    fig.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
+    handles, texts = axis.get_legend_handles_labels()
+    columns = max(1, min(4, 140 // (max(map(len, texts)) + 7)))  # as many as the width takes
+    fig.legend(handles, texts, loc="outside upper left", ncols=columns, fontsize=9, frameon=False)
     return fig
 
 

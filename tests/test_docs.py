@@ -139,7 +139,7 @@ def small(config: Config) -> Config:
     """The same run, in a second."""
     multiple = max(32, kind_of_network(config.network.name).multiple)
     width = 0.05 if config.network.name in NETWORKS else 1.0
-    streets = replace(config.data.streets, train=4, val=2, size=[64, 128])
+    streets = config.data.streets if config.data.root else replace(config.data.streets, train=4, val=2, size=[64, 128])
     return replace(
         config,
         network=replace(config.network, width=width),

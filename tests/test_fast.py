@@ -556,6 +556,25 @@ def test_a_hooked_stem_is_called_once():
     assert len(seen) == 1
 
 
+def test_a_unit_with_a_forward_of_its_own_keeps_its_output():
+    """What `agc_unit` computes again would be something else."""
+    torch.manual_seed(0)
+    network, images = build("segnet", num_classes=3, width=0.1).double(), torch.randn(1, 3, 64, 64).double()
+    for unit in network.modules():
+        if isinstance(unit, ConvUnit):
+            unit.forward = lambda *given, run=unit.forward, **options: _doubled(run(*given, **options))
+    gradients = []
+    for budget in (0, 1 / 3):
+        network.recompute = budget
+        gradients.append(torch.autograd.grad(network(images).square().sum(), list(network.parameters())))
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-12, atol=1e-12)
+
+
+def _doubled(result):
+    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+
 def test_upsampled_maps_are_computed_again():
     """ClassNet's largest ones, for no arithmetic."""
     network, images = build("classnet", num_classes=3, width=0.1, recompute=0.01), torch.randn(1, 3, 128, 128)

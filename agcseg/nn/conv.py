@@ -79,6 +79,11 @@ class ConvUnit(nn.Module):
         )
 
     @property
+    def is_called_as_made(self) -> bool:
+        """Whether a call of the unit is its forward: no hooks, no forward of a subclass's or of its own."""
+        return type(self) is ConvUnit and not (has_hooks(self) or has_forward_of_its_own(self))
+
+    @property
     def agc_parameters(self) -> Parameters:
         """Filters, γ, β and λ, as `agc_unit` takes them."""
         return self.conv.weight, self.norm.weight, self.norm.bias, self.norm.mean_scale
@@ -104,7 +109,7 @@ class ConvUnit(nn.Module):
             (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`; with `sum_up` sums of
             the maps too, or None.
         """
-        if self.is_fast and (stem is None or (stem.is_fast and not has_hooks(stem))):
+        if self.is_fast and (stem is None or (stem.is_fast and stem.is_called_as_made)):
             front = stem.agc_parameters if stem else None
             return agc_unit(input, *self.agc_parameters, unpool=unpool, pool=pool, stem=front, sum_up=sum_up, sums=sums)
         maps = input if isinstance(input, Tensor) else torch.cat(list(input), 1)

@@ -177,11 +177,10 @@ def _again(unit: nn.Module, device: str, input, options: dict) -> Callable[[], T
 
 def _is_steady(unit: nn.Module, stem: ConvUnit | None) -> bool:
     """Whether the unit gives the same whenever it is called with the same, and nobody sees that it is called twice."""
-    if any(has_hooks(module) for module in (unit, stem) if module is not None):
-        return False
+    if type(unit) is nn.Upsample:
+        return not has_hooks(unit)
     units = [unit] if stem is None else [unit, stem]
-    plain = all(isinstance(one, ConvUnit) and one.is_fast for one in units)
-    return plain or type(unit) is nn.Upsample
+    return all(isinstance(one, ConvUnit) and one.is_fast and one.is_called_as_made for one in units)
 
 
 def _held(tensor: Tensor) -> tuple[Tensor, int | None]:

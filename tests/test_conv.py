@@ -10,9 +10,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from agcseg import AGC2d, ConvUnit, agc_unit
+from agcseg import AGC2d, ConvUnit
 from agcseg.nn import max_pool2d
-from agcseg.nn.unit import Geometry
 
 
 def literal(unit, x, factor):
@@ -113,18 +112,6 @@ def test_wrong_maps_are_refused_whatever_their_size(form):
         unit(y[0])
     with pytest.raises(ValueError, match="do not fit"):
         unit(x)
-
-
-@pytest.mark.parametrize("form", ["large", "small"], indirect=True)
-def test_geometry_in_numbers(form):
-    x, w = (
-        torch.randn(2, 3, 8, 8, dtype=torch.float64),
-        torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True),
-    )
-    one, zero = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    outputs = [agc_unit(x, w, one, zero, one, geometry=g) for g in (Geometry(2, 1), Geometry((2, 2), (1, 1)))]
-    assert torch.equal(*outputs)
-    assert torch.equal(*(torch.autograd.grad(o.square().sum(), w)[0] for o in outputs))
 
 
 @pytest.mark.parametrize("form", ["large", "small"], indirect=True)

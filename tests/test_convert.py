@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from agcseg import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu, convert_batchnorm
 from agcseg.nn.norms import NORMS
-from agcseg.nn.pairs import Deferred, PairedConv2d
+from agcseg.nn.pairs import Deferred, PairedConv2d, agc_conv2d
+from agcseg.nn.unit import Geometry
 
 
 class Literal(nn.Module):
@@ -163,6 +164,27 @@ def test_gain_of_zero_frozen_parts_and_second_derivatives():
         parameters.append([g for g in gradients if g is not None] + list(second))
     for expected, got in zip(*parameters, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(stride=(2, 2), padding=(3, 3)),
+        Geometry(padding=(2, 2), dilation=(2, 2)),
+        Geometry(stride=(1, 2), padding=(0, 1), groups=2),
+        Geometry(groups=4),
+    ],
+)
+def test_pairs_of_any_geometry(geometry):
+    x = torch.randn(2, 4, 11, 13, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(8, 4 // geometry.groups, 3, 3, dtype=torch.float64, requires_grad=True)
+    vectors = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    z = F.conv2d(x, filters, None, *geometry)
+    outputs = agc_conv2d(x, filters, *vectors, geometry=geometry), agc(z, *vectors)
+    weights = torch.randn_like(z)
+    results = [(y, *torch.autograd.grad(y, (x, filters, *vectors), weights)) for y in outputs]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
 def test_a_pair_keeps_nothing_but_the_input():

@@ -17,8 +17,7 @@ import agcseg.nn.fast
 from agcseg import build
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
-from agcseg.nn import NORMS, ConvUnit, agc, agc_relu, agc_unit, max_pool2d, max_unpool2d, passes
-from agcseg.nn.fast import Geometry
+from agcseg.nn import NORMS, ConvUnit, agc_relu, agc_unit, max_pool2d, max_unpool2d, passes
 from agcseg.nn.pooling import window_offsets
 
 
@@ -450,31 +449,6 @@ def test_two_replicas_equal_one_minibatch(tmp_path):
     mp.spawn(_replica, (str(tmp_path),), nprocs=2)
 
 
-@both_forms
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        Geometry(stride=(2, 2), padding=(3, 3)),
-        Geometry(padding=(2, 2), dilation=(2, 2)),
-        Geometry(stride=(1, 2), padding=(0, 1), groups=2),
-        Geometry(groups=4),
-    ],
-)
-def test_other_geometries(geometry):
-    size = 7 if geometry.padding == (3, 3) else 3
-    x = torch.randn(2, 4, 11, 13, dtype=torch.float64, requires_grad=True)
-    filters = torch.randn(8, 4 // geometry.groups, size, size, dtype=torch.float64, requires_grad=True)
-    vectors = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    padding = geometry.padding or (size // 2, size // 2)
-    z = F.conv2d(x, filters, None, geometry.stride, padding, geometry.dilation, geometry.groups)
-    results = []
-    for output in (agc_unit(x, filters, *vectors, geometry=geometry), F.relu(agc(z, *vectors))):
-        torch.manual_seed(0)
-        results.append((output, *torch.autograd.grad(output, (x, filters, *vectors), torch.randn_like(output))))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
-
-
 def test_small_maps_take_torchs_own_operations(monkeypatch):
     unit, maps = ConvUnit(2, 4), torch.zeros(3, 2, 6, 8)
     monkeypatch.setattr(agcseg.nn.fast, "SMALL", 3 * 4 * 6 * 8)
@@ -485,12 +459,6 @@ def test_small_maps_take_torchs_own_operations(monkeypatch):
     assert "_Unit" in str(unit(maps).grad_fn)
     assert "_Unit" in str(unit(maps[:, :, ::2, ::2], unpool=torch.zeros(3, 2, 3, 4, dtype=torch.uint8)).grad_fn)
     assert "_AGCReLU" in str(agc_relu(torch.zeros(3, 4, 6, 8), *unit.agc_parameters[1:]).grad_fn)
-
-
-def test_other_geometries_stand_alone():
-    with pytest.raises(ValueError, match="takes one input, without pooling"):
-        maps, filters = torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3)
-        agc_unit(maps, filters, *torch.zeros(3, 2), pool=True, geometry=Geometry((2, 2)))
 
 
 # --- rebuilding ---

@@ -24,13 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes, unit
 from agcseg.nn.agc import AGC2d, _check, agc, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
-from agcseg.nn.unit import PLAIN, Geometry, _same, operands
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -48,11 +46,10 @@ def agc_unit(
     unpool: Tensor | None = None,
     pool: bool = False,
     stem: Parameters | None = None,
-    geometry: Geometry = PLAIN,
     sum_up: bool = False,
     sums: Tensor | None = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
-    """relu(agc(conv2d(input, filters))), by default with stride 1 and zero padding to the input's size.
+    """relu(agc(conv2d(input, filters))), with stride 1 and zero padding to the input's size.
 
     The convolution's inputs and outputs have the dtype of `input` (under autocast: autocast's), means and the sums over
     maps are taken in at least float32. There is no second derivative.
@@ -60,14 +57,13 @@ def agc_unit(
     Args:
         input: maps (N, C, H, W), or several that are taken as concatenated over the channels. The concatenation is not
             kept for backward, and built at all only of small maps on a GPU.
-        filters: W, (K, C, k, k), k odd unless `geometry` gives the padding; (K, C / groups, k, k) with groups.
+        filters: W, (K, C, k, k), k odd.
         weight, bias, mean_scale: γ, β, λ, each (K,).
         unpool: winners (see Returns) of shape (N, C, H, W): `input` is unpooled to (N, C, 2H, 2W) in front of the
             convolution. Also takes the indices of torch's `max_pool2d`.
         pool: 2x2 max pooling, stride 2, behind the ReLU; height and width must be even.
         stem: filters, γ, β and λ of one more unit in front, whose output is not kept but rebuilt in backward. Worth it
             where that unit is cheap and its output large: the first of a network.
-        geometry: of the convolution; other than the default only for one plain input, without pooling and stem.
         sum_up: return the sums of the output's maps as well, for the unit behind: with them that knows its mean before
             its convolution runs.
         sums: of `input`, as the unit that it comes from returned them; with `sum_up` only. The gradient of `input` then
@@ -82,35 +78,27 @@ def agc_unit(
     """
     inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
     if has_torch_function(inputs):
-        options: dict[str, Any] = {"unpool": unpool, "pool": pool, "stem": stem, "geometry": geometry}
-        options |= {"sum_up": sum_up, "sums": sums}
+        options: dict[str, Any] = {"unpool": unpool, "pool": pool, "stem": stem, "sum_up": sum_up, "sums": sums}
         return handle_torch_function(agc_unit, inputs, input, filters, weight, bias, mean_scale, **options)
     # Each step of Python costs a small unit's time: what is plain is seen by few of them.
-    if geometry is not PLAIN:
-        stride, padding, dilation, groups = geometry
-        geometry = Geometry(_pair(stride), padding if padding is None else _pair(padding), _pair(dilation), groups)
-        if geometry != PLAIN and (len(inputs) > 1 or unpool is not None or stem is not None or pool):
-            raise ValueError(f"{geometry} takes one input, without pooling, unpooling and stem")
     _check_maps(inputs, unpool)
     _, channels, height, width = inputs[0].shape
     if len(inputs) > 1:
         channels = sum(x.shape[1] for x in inputs)
-    if channels != (stem[0] if stem else filters).shape[1] * geometry.groups:
+    if channels != (stem[0] if stem else filters).shape[1]:
         raise ValueError(f"filters of shape {tuple(filters.shape)} do not fit maps {[tuple(x.shape) for x in inputs]}")
     _check_parameters(filters, weight, bias, mean_scale)
     if stem:
         _check_parameters(*stem)
-    if geometry.padding is None:
-        for _, _, rows, columns in (filters.shape, stem[0].shape) if stem else (filters.shape,):
-            if rows != columns or rows % 2 == 0:
-                raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
-        geometry = Geometry(geometry.stride, (filters.shape[2] // 2,) * 2, geometry.dilation, geometry.groups)
+    for _, _, rows, columns in (filters.shape, stem[0].shape) if stem else (filters.shape,):
+        if rows != columns or rows % 2 == 0:
+            raise ValueError(f"filters must be square and odd; got {tuple(filters.shape)}")
     if unpool is not None and (len(inputs) > 1 or stem):
         raise ValueError("unpooling takes one input, and no stem behind it")
     if pool and (height % 2 or width % 2) and unpool is None:
         raise ValueError(f"2x2 pooling takes even heights and widths; got {(height, width)}")
     if _is_small(inputs[0], filters.shape[0], 1 if unpool is None else 4):
-        result = _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry)
+        result = _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem)
         return _and_sums(result, None) if sum_up else result
     if unpool is not None and unpool.dtype != torch.uint8:
         unpool = window_offsets(unpool, 2 * inputs[0].shape[3])
@@ -118,9 +106,9 @@ def agc_unit(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    ahead = sum_up and _is_ahead(inputs, filters, stem, geometry, unpool)
+    ahead = sum_up and _is_ahead(inputs, filters, stem, unpool)
     parameters = (filters, weight, bias, mean_scale, *(stem or (None,) * 4))
-    result = _Unit.apply(geometry, pool, ahead, unpool, *parameters, *inputs, sums if ahead else None)
+    result = _Unit.apply(pool, ahead, unpool, *parameters, *inputs, sums if ahead else None)
     return _and_sums(result, None) if sum_up and not ahead else result
 
 
@@ -128,13 +116,12 @@ def _and_sums(result, sums: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*result, sums) if isinstance(result, tuple) else (result, sums)
 
 
-def _is_ahead(inputs, filters, stem, geometry, unpool) -> bool:
+def _is_ahead(inputs, filters, stem, unpool) -> bool:
     """Whether the mean is to be known ahead of the convolution."""
     return (
         passes.kernels(inputs[0]) is not None
         and not torch.compiler.is_compiling()
         and len(inputs) == 1
-        and geometry == PLAIN._replace(padding=(1, 1))
         and all(weights.shape[2:] == (3, 3) for weights in (filters, *(stem or ())[:1]))
         and (unpool is not None or min(inputs[0].shape[2:]) > 1)
         and len(filters) * inputs[0][:, 0].numel() * (1 if unpool is None else 4) >= unit.MANY
@@ -191,24 +178,23 @@ def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     return n * num_features * height * width * positions <= SMALL
 
 
-def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem, geometry):
+def _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem):
     """`agc_unit` in torch's own operations: keeps more, of maps that are small."""
     maps = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
     if unpool is not None:
         maps = max_unpool2d(maps, unpool)
     if stem is not None:
-        maps = _convolved(maps, stem, _same(stem[0]))
-    maps = _convolved(maps, (filters, weight, bias, mean_scale), geometry)
+        maps = _convolved(maps, *stem)
+    maps = _convolved(maps, filters, weight, bias, mean_scale)
     return max_pool2d(maps) if pool else maps
 
 
-def _convolved(maps: Tensor, parameters: Parameters, geometry: Geometry) -> Tensor:
-    filters, weight, bias, mean_scale = parameters
+def _convolved(maps: Tensor, filters: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     n, _, height, width = maps.shape
     # Kept for backward are the folded filters, or else the convolution's output.
     fold = filters[0].numel() <= n * height * width and not transformed()
     folded = filters * weight.view(-1, 1, 1, 1) if fold else filters
-    z = F.conv2d(maps, folded.to(maps.dtype), None, *geometry)  # type: ignore[arg-type]  # its padding is no None here
+    z = F.conv2d(maps, folded.to(maps.dtype), padding=filters.shape[2] // 2)
     if fold:
         return _Activate.apply(z, bias, mean_scale)
     return agc_relu(z, weight, bias, mean_scale) if transformed() else _small_agc_relu(z, weight, bias, mean_scale)
@@ -237,22 +223,22 @@ class _Activate(torch.autograd.Function):
 
 
 class _Unit(torch.autograd.Function):
-    """Arguments: geometry, pool, whether the mean is known ahead, winners for unpooling, the unit's 4 parameters, the
+    """Arguments: pool, whether the mean is known ahead, winners for unpooling, the unit's 4 parameters, the
     stem's 4 or None, the inputs, their sums or None."""
 
     @staticmethod
-    def forward(ctx, geometry, pool, ahead, unpool, *tensors):
+    def forward(ctx, pool, ahead, unpool, *tensors):
         *tensors, sums = tensors
         parameters, inputs = list(tensors[:4]), list(tensors[8:])
         stem = [] if tensors[4] is None else list(tensors[4:8])
-        geometry, ctx.given_parts = operands(geometry), 0 if sums is None else sums.shape[1]
+        ctx.given_parts = 0 if sums is None else sums.shape[1]
         output, winners, mean, stem_mean, sums, *taps = torch.ops.agcseg.unit(
-            inputs, unpool, parameters, stem, geometry, pool, ahead, sums
+            inputs, unpool, parameters, stem, pool, ahead, sums
         )
-        needs = ctx.needs_input_grad[4:-1]
+        needs = ctx.needs_input_grad[3:-1]
         # The inputs serve the gradients of W and γ, and a stem's output is rebuilt from them; else they are not kept.
         kept = inputs if needs[0] or needs[1] or (stem and any(needs[4:])) else []
-        ctx.geometry, ctx.stem = geometry, len(stem)
+        ctx.stem = len(stem)
         ctx.shapes = [side for x in inputs for side in x.shape[1:]]
         ctx.set_materialize_grads(False)
         if pool:
@@ -268,18 +254,18 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *others):
         _only_once(*ONCE)
-        needs = ctx.needs_input_grad[4:-1]
+        needs = ctx.needs_input_grad[3:-1]
         output, winners, unpool, mean, stem_mean, taps, stem_taps, *tensors = ctx.saved_tensors
         sum_grad = others[-1] if ctx.parts else None
         if grad is None and sum_grad is None:
-            return None, None, None, None, *(None for _ in needs), None
+            return None, None, None, *(None for _ in needs), None
         grad = torch.zeros_like(output) if grad is None else grad
         if sum_grad is not None:  # the same for all parts
             sum_grad = sum_grad[:, 0].contiguous()
         parameters, stem, inputs = tensors[:4], tensors[4 : 4 + ctx.stem], tensors[4 + ctx.stem :]
         *grads, d_sums = torch.ops.agcseg.unit_backward(
-            grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, ctx.shapes, ctx.geometry, needs,
-            sum_grad, taps, stem_taps,
+            grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, ctx.shapes, needs, sum_grad,
+            taps, stem_taps,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         if grads[8] is None or not ctx.parts:
@@ -289,7 +275,7 @@ class _Unit(torch.autograd.Function):
         else:
             grads[8].add_(d_sums.to(grads[8].dtype)[:, :, None, None])
             d_sums = None
-        return None, None, None, None, *grads, d_sums
+        return None, None, None, *grads, d_sums
 
 
 def _only_once(what: str, remedy: str) -> None:

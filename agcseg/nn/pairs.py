@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map_only
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
 from agcseg.nn.fast import agc_relu
 from agcseg.nn.passes import filter_gradients, sums
-from agcseg.nn.unit import Geometry, _convolve, _convolve_backward
+from agcseg.nn.unit import Geometry, convolve, convolve_backward
 
-UNPADDED = Geometry(padding=(0, 0))
+PLAIN = Geometry()
 
 
 def agc_conv2d(
@@ -39,7 +39,7 @@ def agc_conv2d(
     mean_scale: Tensor,
     *,
     conv_bias: Tensor | None = None,
-    geometry: Geometry = UNPADDED,
+    geometry: Geometry = PLAIN,
 ) -> Tensor:
     """agc(conv2d(input, filters, conv_bias)), keeping `input`, the parameters and one number per map for backward.
 
@@ -58,7 +58,7 @@ def agc_conv2d(
         RuntimeError: as conv2d.
     """
     if has_torch_function_unary(input) or not runs_eagerly():
-        z = F.conv2d(input, filters, conv_bias, *geometry)  # type: ignore[arg-type]  # its padding is no None
+        z = F.conv2d(input, filters, conv_bias, *geometry)
         return agc(z, weight, bias, mean_scale)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -76,7 +76,7 @@ def agc_conv2d(
 class _AGCConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, geometry, input, filters, weight, bias, mean_scale):
-        z = _convolve((input,), filters, weight, geometry)
+        z = convolve((input,), filters, weight, geometry)
         mean = sums(z) / z.shape[2:].numel()
         ctx.geometry, ctx.shape = geometry, input.shape[1:]
         kept = input if any(ctx.needs_input_grad[i] for i in (2, 3, 5)) else None
@@ -98,7 +98,7 @@ class _AGCConv2d(torch.autograd.Function):
             dz = grad - level[:, :, None, None]
             maps = () if input is None else (input,)
             del grad, input
-            (d_input,), (d_filters,) = _convolve_backward(
+            (d_input,), (d_filters,) = convolve_backward(
                 dz, maps, [ctx.shape], ctx.geometry, filters, weight, (need_input,), needs[0] or needs[1]
             )
         if d_filters is not None:
@@ -173,7 +173,7 @@ class Deferred(Tensor):
             self._check_versions()
             (enabled, dtype), (input, filters, bias, geometry) = self._autocast, self._call
             with torch.enable_grad(), torch.autocast(input.device.type, dtype, enabled):
-                self._maps = F.conv2d(input, filters, bias, *geometry)  # type: ignore[arg-type]
+                self._maps = F.conv2d(input, filters, bias, *geometry)
         return self._maps
 
 

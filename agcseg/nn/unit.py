@@ -6,7 +6,6 @@ them in forward too, runs it as it runs eagerly, and fake tensors have its shape
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,46 +20,34 @@ class Geometry(NamedTuple):
     """Of a convolution, as torch.nn.Conv2d has it."""
 
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | None = None  # None: half the filters' size, so that stride 1 keeps the map's
+    padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
 
-PLAIN = Geometry()
 PARTS = 4  # of a minibatch, at most, in which a GPU rebuilds maps; of a small one 2
 MANY = 2**23  # numbers, from which on a GPU takes longer for a pass over maps than a host for the calls that spare it
 
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 OPERATIONS.define(
-    "unit(Tensor[] inputs, Tensor? unpool, Tensor[] parameters, Tensor[] stem, int[] geometry, bool pool, bool ahead,"
+    "unit(Tensor[] inputs, Tensor? unpool, Tensor[] parameters, Tensor[] stem, bool pool, bool ahead,"
     " Tensor? sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
 OPERATIONS.define(
     "unit_backward(Tensor grad, Tensor output, Tensor? winners, Tensor? unpool, Tensor mean, Tensor stem_mean,"
-    " Tensor[] parameters, Tensor[] stem, Tensor[] inputs, SymInt[] shapes, int[] geometry, bool[] needs,"
+    " Tensor[] parameters, Tensor[] stem, Tensor[] inputs, SymInt[] shapes, bool[] needs,"
     " Tensor? sum_grad, Tensor? taps, Tensor? stem_taps) -> Tensor[]",
     tags=TAGS,
 )
 
 
-def operands(geometry: Geometry) -> list[int]:
-    """A geometry as the operations take it."""
-    assert geometry.padding  # None is for calls of agc_unit
-    return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-
-
-@cache
-def _geometry(a: int, b: int, c: int, d: int, e: int, f: int, groups: int) -> Geometry:
-    return Geometry((a, b), (c, d), (e, f), groups)
-
-
-def _forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
+def _forward(inputs, unpool, parameters, stem, pool, ahead, sums):
     """The output, winners of the pooling, mean of z' and of the stem's z'; with `ahead` the output's sums (in parts, as
     `sums` are the input's), the tap sums of the unit and of the stem. What there is none of is empty."""
     filters, gain, bias, mean_scale = parameters
-    geometry, maps, stem_mean, taps, stem_taps = _geometry(*geometry), inputs, None, None, None
+    maps, stem_mean, taps, stem_taps = inputs, None, None, None
     if ahead:
         x = inputs[0]
         if stem:
@@ -70,12 +57,12 @@ def _forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
     if _joins(inputs[0], len(inputs[0]), [x.shape[1:] for x in inputs]):
         maps = [torch.cat(inputs, 1)]
     if stem:
-        output, _, stem_mean = passes.activate(_convolve(maps, *stem[:2], _same(stem[0])), *stem[2:])
+        output, _, stem_mean = passes.activate(convolve(maps, *stem[:2], same_padding(stem[0])), *stem[2:])
         maps = [output]
         del output
     elif unpool is not None:
         maps = [passes.unpool(maps[0], unpool)]
-    z = _convolve(maps, filters, gain, geometry)
+    z = convolve(maps, filters, gain, same_padding(filters))
     del maps
     z = z.contiguous(memory_format=_layout(inputs, filters))
     if pool and z.is_cpu and not gain.all():
@@ -98,26 +85,25 @@ def _ahead(x, sums, unpool, parameters, pool):
 
 
 def _backward(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, sum_grad, taps,
-    stem_taps,
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, needs, sum_grad, taps, stem_taps,
 ):  # fmt: skip
     """Gradients of the unit's 4 parameters, the stem's 4, the inputs and their sums; empty where not needed."""
-    geometry, if_stem = _geometry(*geometry), (lambda tensor: tensor if stem else None)
-    by_sample = [grad, output, winners, unpool, mean, if_stem(stem_mean), sum_grad, taps, if_stem(stem_taps)]
+    of_stem = (stem_mean, stem_taps) if stem else (None, None)
+    by_sample = [grad, output, winners, unpool, mean, of_stem[0], sum_grad, taps, of_stem[1]]
     shapes = [shapes[i : i + 3] for i in range(0, len(shapes), 3)]
     # What is rebuilt exists for some samples at a time: for one on a CPU, where one is enough work, else for a part.
     parts = 1
     if (unpool is not None or stem) and output.shape[2:].numel() * (1 if winners is None else 4) >= 2**16:
         parts = len(grad) if grad.device.type == "cpu" else min(len(grad), max(2, min(PARTS, len(grad) // 4)))
     if parts <= 1:
-        grads = _backward_part(*by_sample, None, inputs, parameters, stem, shapes, geometry, needs)
+        grads = _backward_part(*by_sample, None, inputs, parameters, stem, shapes, needs)
     else:
         d_input = None
         if unpool is not None and needs[8]:
             d_input = torch.empty_like(unpool, dtype=output.dtype, memory_format=passes.layout(output))
         tensors = (*by_sample, d_input, *inputs)
         chunks = zip(*([None] * parts if t is None else t.chunk(parts) for t in tensors), strict=False)
-        grads, *others = (_backward_part(*c[:10], c[10:], parameters, stem, shapes, geometry, needs) for c in chunks)
+        grads, *others = (_backward_part(*c[:10], c[10:], parameters, stem, shapes, needs) for c in chunks)
         for other in others:
             pairs = zip(*((a, b) for a, b in zip(grads[:8], other, strict=False) if a is not None), strict=True)
             torch._foreach_add_(*map(list, pairs))
@@ -134,7 +120,7 @@ def _backward(
 
 def _backward_part(
     grad, output, winners, unpool, mean, stem_mean, sum_grad, taps, stem_taps, d_input, inputs, parameters, stem,
-    shapes, geometry, needs,
+    shapes, needs,
 ) -> list[Tensor | None]:  # fmt: skip
     """`_backward` for some samples of the minibatch; None where not needed. Fills `d_input` where the input is unpooled
     and there is one."""
@@ -143,7 +129,7 @@ def _backward_part(
         joined = [torch.cat(inputs, 1)] if inputs else []
         *grads, d_joined, _ = _backward_part(
             grad, output, winners, unpool, mean, stem_mean, None, None, None, None, joined, parameters, stem,
-            [(sum(channels), height, width)], geometry, [*needs[:8], any(needs[8:])],
+            [(sum(channels), height, width)], [*needs[:8], any(needs[8:])],
         )  # fmt: skip
         d_maps = [None] * len(shapes) if d_joined is None else d_joined.split(channels, 1)
         return [*grads, *(d if need else None for d, need in zip(d_maps, needs[8:], strict=True)), None]
@@ -154,7 +140,7 @@ def _backward_part(
         shapes_of_maps = [(len(stem[0]), *height_width)]
         if maps:
             filters, gain, bias, mean_scale = stem
-            z = _convolve(inputs, filters, gain, _same(filters))
+            z = convolve(inputs, filters, gain, same_padding(filters))
             rebuilt, _, _ = passes.activate(z, bias, mean_scale, mean=stem_mean)
             maps = (rebuilt,)
             del z
@@ -163,13 +149,13 @@ def _backward_part(
         if maps:
             maps = [passes.unpool(maps[0], unpool)]
     grads, d_maps, d_sums = _gradients(
-        grad, output, winners, mean, maps, shapes_of_maps, geometry, parameters, needs[:4], need_maps, sum_grad, taps
+        grad, output, winners, mean, maps, shapes_of_maps, parameters, needs[:4], need_maps, sum_grad, taps
     )
     d_stem = [None] * 4
     if stem and need_maps[0]:
         d_stem, d_maps, d_sums = _gradients(
-            d_maps[0], rebuilt, None, stem_mean, tuple(inputs), shapes, _same(stem[0]), stem, needs[4:8],
-            tuple(needs[8:]), d_sums, stem_taps,
+            d_maps[0], rebuilt, None, stem_mean, tuple(inputs), shapes, stem, needs[4:8], tuple(needs[8:]), d_sums,
+            stem_taps,
         )  # fmt: skip
     elif stem:
         d_maps = [None] * len(needs[8:])
@@ -178,7 +164,7 @@ def _backward_part(
     return [*grads, *d_stem, *d_maps, d_sums]
 
 
-def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, needs, need_maps, sum_grad, taps):
+def _gradients(grad, output, winners, mean, maps, shapes, parameters, needs, need_maps, sum_grad, taps):
     """Gradients of one unit: those of W, γ, β, λ (None where `needs` says no), of the convolution's inputs and, where
     the mean was known ahead, of their sums.
 
@@ -189,13 +175,15 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, 
     need_filters = needs[0] or needs[1]
     if taps is not None:
         return _gradients_ahead(
-            grad, output, winners, mean, maps, shapes, geometry, parameters, need_filters, need_maps, sum_grad, taps
+            grad, output, winners, mean, maps, shapes, parameters, need_filters, need_maps, sum_grad, taps
         )
     dz, d_bias, d_mean_scale = passes.backward(grad, output, winners, mean, mean_scale, need_filters or any(need_maps))
     d_filters = d_gain = None
     d_maps = [None] * len(need_maps)
     if dz is not None:
-        d_maps, slices = _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters)
+        d_maps, slices = convolve_backward(
+            dz, maps, shapes, same_padding(filters), filters, gain, need_maps, need_filters
+        )
         del dz
     if need_filters:
         d_filters = torch.cat(slices, 1) if len(slices) > 1 else slices[0]
@@ -204,7 +192,7 @@ def _gradients(grad, output, winners, mean, maps, shapes, geometry, parameters, 
 
 
 def _gradients_ahead(
-    grad, output, winners, mean, maps, shapes, geometry, parameters, need_filters, need_maps, sum_grad, taps
+    grad, output, winners, mean, maps, shapes, parameters, need_filters, need_maps, sum_grad, taps
 ):  # fmt: skip
     """`_gradients` where the mean's gradient is never added to maps."""
     kernels, (filters, gain, _, mean_scale) = passes.kernels(output), parameters
@@ -212,7 +200,9 @@ def _gradients_ahead(
     level, d_bias, d_mean_scale = kernels.levels(partial, mean, mean_scale, g.shape[2:].numel())
     d_filters = d_gain = d_sums = None
     folded, back = kernels.fold_back(filters, gain, g.dtype, level)
-    d_maps, slices = _convolve_backward(g, maps, shapes, geometry, filters, gain, need_maps, need_filters, folded)
+    d_maps, slices = convolve_backward(
+        g, maps, shapes, same_padding(filters), filters, gain, need_maps, need_filters, folded
+    )
     if need_maps[0]:
         d_sums = kernels.borders(d_maps[0], back)
     if need_filters:
@@ -225,7 +215,7 @@ def _joins(like: Tensor, n: int, shapes: Sequence[Sequence[int]]) -> bool:
     return like.is_cuda and len(shapes) > 1 and n * sum(math.prod(shape) for shape in shapes) < MANY
 
 
-def _same(filters: Tensor) -> Geometry:
+def same_padding(filters: Tensor) -> Geometry:
     return Geometry(padding=(filters.shape[2] // 2,) * 2)
 
 
@@ -236,19 +226,19 @@ def _slices(filters: Tensor, shapes: Sequence[Sequence[int]], geometry: Geometry
     return list(filters.split([shape[0] // geometry.groups for shape in shapes], 1))
 
 
-def _convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+def convolve(inputs: Sequence[Tensor], filters: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     """z' = (γW) * x = γ(W * x), summed over the inputs, each with its slice of the filters."""
     dtype = inputs[0].dtype
     fold = _fold_is_smaller(filters, inputs[0])
     folded = passes.fold(filters, gain, dtype) if fold else filters.to(dtype)
     slices = _slices(folded, [x.shape[1:] for x in inputs], geometry)
-    z = F.conv2d(inputs[0], slices[0], None, *geometry)  # type: ignore[arg-type]  # its padding is no None here
+    z = F.conv2d(inputs[0], slices[0], None, *geometry)
     for x, w in zip(inputs[1:], slices[1:], strict=True):
-        z += F.conv2d(x, w, None, *geometry)  # type: ignore[arg-type]
+        z += F.conv2d(x, w, None, *geometry)
     return z if fold else z.mul_(gain.to(dtype).view(-1, 1, 1))
 
 
-def _convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters, folded=None):
+def convolve_backward(dz, maps, shapes, geometry, filters, gain, need_maps, need_filters, folded=None):
     """Two lists over the inputs: dx and the slice of dW', None where not needed. Overwrites dz, empties a list."""
     stride, padding, dilation, groups = geometry
 
@@ -298,13 +288,10 @@ def _layout(inputs: Sequence[Tensor], filters: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _fake_forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums):
+def _fake_forward(inputs, unpool, parameters, stem, pool, ahead, sums):
     assert not ahead  # under a compiler
     (x, *_), (filters, *_) = inputs, parameters
-    stride, padding, dilation, _ = _geometry(*geometry)
     sides = x.shape[2:] if unpool is None else [2 * side for side in x.shape[2:]]
-    kernel = filters.shape[2:]
-    sides = [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     shape = (x.shape[0], len(filters), *(side // 2 if pool else side for side in sides))
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(inputs, filters))
     winners = torch.empty_like(output, dtype=torch.uint8) if pool else x.new_empty(0)
@@ -315,7 +302,7 @@ def _fake_forward(inputs, unpool, parameters, stem, geometry, pool, ahead, sums)
 
 
 def _fake_backward(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, *_
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, needs, *_
 ):  # fmt: skip
     gradients = [torch.empty_like(p) for p in (*parameters, *(stem or parameters))]
     memory_format = passes.layout(output)
@@ -332,14 +319,14 @@ torch.library.register_fake("agcseg::unit", _fake_forward, lib=OPERATIONS)
 torch.library.register_fake("agcseg::unit_backward", _fake_backward, lib=OPERATIONS)
 
 
-def forward_work(inputs, unpool, parameters, stem, geometry, pool, ahead, sums, out_shape=None, **_) -> int:
+def forward_work(inputs, unpool, parameters, stem, pool, ahead, sums, out_shape=None, **_) -> int:
     """Of the convolutions, two per multiplication and addition; from shapes. For torch.utils.flop_counter, whose import
     takes more than torch's own."""
     return sum(_work(out_shape[0], pool, own) for own in (parameters, stem) if own)
 
 
 def backward_work(
-    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, geometry, needs, *_, **__
+    grad, output, winners, unpool, mean, stem_mean, parameters, stem, inputs, shapes, needs, *_, **__
 ) -> int:
     """Twice the forward's, a gradient of filters and one of inputs, where needed; and what is rebuilt of the stem."""
     own, pool = [needs[0] or needs[1], any(needs[4:])], winners is not None

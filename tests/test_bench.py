@@ -163,7 +163,8 @@ def test_what_several_calls_measured_is_one_table(tmp_path, capsys):
     assert main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
     assert "a GPU, today\n\n| network | variant |" in capsys.readouterr().out
     assert "| segnet | agc | 1 | fp32 | 10.5 |" in (tmp_path / "bench.md").read_text()
-    assert main(["--show", str(tmp_path / "c"), "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--show", str(tmp_path / "c"), "--out", str(tmp_path)])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main(["--show", str(tmp_path / "a"), str(tmp_path / "c")]) == 0  # without --out nothing is written
@@ -171,7 +172,8 @@ def test_what_several_calls_measured_is_one_table(tmp_path, capsys):
     assert "| segnet | bn |" in said.out and f"no bench.csv in {tmp_path / 'c'}: left out" in said.err
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before = (tmp_path / "a/bench.csv").read_text()
-    assert main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "a")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--show", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "a")])
     assert (tmp_path / "a/bench.csv").read_text() == before
 
 

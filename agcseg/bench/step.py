@@ -14,7 +14,7 @@ from agcseg.training.step import graphed
 
 FOLDED = ("bn-folded", "agc-onepass")  # inference only, see `agcseg.nn.inference`
 TRAINED = ("agc-gems", "agc-noise")  # training only, and not compiled
-FORMS = ("agc-literal", *(f"agc-{background}" for background in BACKGROUNDS if background != "map"), *TRAINED, *FOLDED)
+FORMS = ("agc-literal", *(f"agc-{background}" for background in BACKGROUNDS), *TRAINED, *FOLDED)
 MODES = {
     "": None,
     "-compiled": "default",

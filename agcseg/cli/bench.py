@@ -14,9 +14,11 @@ from agcseg.bench.measure import delivery
 from agcseg.bench.pages import markdown, plain, read_results, write_results
 from agcseg.bench.step import FOLDED, TRAINED, VARIANTS, Case
 from agcseg.bench.table import Failed, frontier_table, largest_minibatch, table
+from agcseg.cli import program
 from agcseg.errors import UserError
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
+from agcseg.training.lines import on_terminal
 from agcseg.training.machine import device_name, find_device
 
 FRONTIER = ["bn", "bn-compiled", "none-compiled", "agc-compiled", "agc"]
@@ -57,6 +59,7 @@ budget.md
 INFERENCE = ["agc-onepass", "agc", "agc-literal", "bn-folded", "bn", "none"]
 
 
+@program("agcseg-bench")
 def main(argv: list[str] | None = None) -> int:
     """Runs agcseg-bench; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -103,9 +106,6 @@ def main(argv: list[str] | None = None) -> int:
         arguments.out = arguments.out or Path("outputs/bench")
     try:
         return _show(arguments.show, arguments.out) if arguments.show else _bench(arguments)
-    except (UserError, OSError) as error:
-        print(f"agcseg-bench: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nagcseg-bench: stopped; what was measured is in the folder of --out", file=sys.stderr)
         return 130
@@ -232,7 +232,7 @@ def _show(folders: list[Path], out: Path | None) -> int:
 
 
 def _say(line: str) -> None:
-    if sys.stderr.isatty():
+    if on_terminal(sys.stderr):
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 

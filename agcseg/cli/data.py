@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from tqdm import tqdm
 
 from agcseg.check import check_data
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, to_object
@@ -24,7 +23,7 @@ from agcseg.data.pictures import left_out
 from agcseg.data.streets import make_streets
 from agcseg.errors import UserError, by_cause
 from agcseg.record.files import write
-from agcseg.training.lines import on_terminal
+from agcseg.training.lines import progress
 
 log = logging.getLogger("agcseg")
 
@@ -64,7 +63,7 @@ def inspect(program: DataProgram) -> int:
         more = "" if program.every else " every=true lists every file."
         log.info(f"{len(problems)} problems. Source of the files: {layout.source}.{more}")
     elif program.build:
-        _, cached = open_data(data, _progress, log.info, rebuild=program.rebuild)
+        _, cached = open_data(data, progress, log.info, rebuild=program.rebuild)
         for split in SPLITS:
             log.info(f"{split} cache: {cached[split].folder}")
     if not problems:
@@ -75,7 +74,7 @@ def inspect(program: DataProgram) -> int:
 def _inspected(data: DataConfig, layout: Layout, root: Path, split: str) -> list[UserError]:
     """Say what there is of a split; what is wrong with it."""
     samples, missing, no_instance, unused = scan(layout, root, split)
-    broken, pixels = check(samples, layout, partial(_progress, total=len(samples), what=split))
+    broken, pixels = check(samples, layout, partial(progress, total=len(samples), what=split))
     expected = layout.expected and layout.expected[split]
     wanted = {"train": data.train_images, "val": data.val_images}[split]
     note = f" of {expected} expected" if expected else ""
@@ -117,12 +116,8 @@ def write_draft(data: DataConfig, given: Iterable[str]) -> None:
         raise UserError(f"{path}: is there already; remove it, or draft to another file with data.folder.classes=FILE")
     layout = folder_layout(root, data.folder, CITYSCAPES)  # whose classes are not looked at
     splits = ("train",) if data.val_share else SPLITS
-    write(path, draft(layout, root, splits, lambda items: _progress(items, None, "labels")))
+    write(path, draft(layout, root, splits, lambda items: progress(items, None, "labels")))
     log.info(f"wrote {path}: name the classes, then agcseg-data {shlex.join(given)}")
-
-
-def _progress(items, total: int | None, what: str = "decoding"):
-    return tqdm(items, what, total, unit="image", disable=not on_terminal(sys.stderr))
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="data")

@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 import agcseg
 from agcseg.cli import parse_run, program, show
@@ -22,6 +21,7 @@ from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
 from agcseg.trained import Trained
+from agcseg.training.lines import progress
 from agcseg.training.machine import find_device, out_of_memory
 
 FOLDER = ("images", "labels", "instances", "classes")  # of data=folder
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         if not os.access(base, os.W_OK):
             raise UserError(f"{base}: cannot be written; give another folder with output=")
         full = keys["resolution"] == "full"
-        figures = evaluate(trained, layout, samples, full, keys["minibatch"], _progress)
+        bar = partial(progress, total=None, what="evaluating", unit="minibatch")
+        figures = evaluate(trained, layout, samples, full, keys["minibatch"], bar)
         notes = [_behind(trained), _others(trained, [sample.name for sample in samples], figures["digest"], keys)]
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
@@ -218,10 +219,6 @@ def _table(figures: dict) -> str:
     for one in figures["classes"]:
         rows.append(row(one["class"], one["iou"], one["iou_interval"], percent(one["recall"]), percent(one["share"])))
     return "\n".join(rows)
-
-
-def _progress(items):
-    return tqdm(items, "evaluating", unit="minibatch", disable=not sys.stderr.isatty())
 
 
 if __name__ == "__main__":

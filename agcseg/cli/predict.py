@@ -9,6 +9,7 @@ from agcseg.cli import parse_run, program, show
 from agcseg.data.labels import CITYSCAPES
 from agcseg.errors import UserError, by_cause, expanded
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
+from agcseg.training.lines import on_terminal
 from agcseg.training.machine import find_device, out_of_memory
 
 KEYS = {
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"submission=true: {trained.path} was trained on {trained.config.data.name}'s classes")
         trained.network.to(device)
         names, written = {path: name for name, path in images.items()}, []
-        bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
+        bar = tqdm(total=len(images), unit="image", disable=not on_terminal(sys.stderr))
         with bar:
 
             def skip(error: UserError) -> None:

@@ -27,7 +27,6 @@ class Split(NamedTuple):
         indices: (m,) int64, which of the n belong to this run.
         names: m names.
         contours: (n, H, W) uint8, 1 on borders between instances, where they are wanted.
-        digest: of all that, see `Cached.digest`.
     """
 
     images: Tensor
@@ -35,7 +34,6 @@ class Split(NamedTuple):
     indices: np.ndarray
     names: list[str]
     contours: Tensor | None = None
-    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -53,7 +51,7 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
 
     Its contours are opened only if they are wanted.
     """
-    names, digest = [cached.names[i] for i in indices], cached.digest(indices, contours)
+    names = [cached.names[i] for i in indices]
     parts = [cached.images, cached.labels, cached.contours][: 2 + contours]
     parts = [torch.from_numpy(part) for part in parts]
     if device.type == "cuda":
@@ -62,7 +60,7 @@ def open_split(cached: Cached, indices: np.ndarray, device: torch.device, contou
             parts = [part[indices].to(device) for part in parts]
             indices = np.arange(len(indices))
     images, labels, *borders = parts
-    return Split(images, labels, indices, names, borders[0] if borders else None, digest)
+    return Split(images, labels, indices, names, borders[0] if borders else None)
 
 
 def histogram(split: Split, num_classes: int) -> list[int]:

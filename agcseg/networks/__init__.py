@@ -90,7 +90,15 @@ def build(
         options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
     fuse = implementation == "fast"
     foreign, told = build_foreign(
-        network, factory, classes_argument, num_classes, norm, norm_options or {}, fuse, size, options
+        network,
+        factory,
+        classes_argument=classes_argument,
+        num_classes=num_classes,
+        norm=norm,
+        norm_options=norm_options or {},
+        fuse=fuse,
+        size=size,
+        options=options,
     )
     if init:
         initialise(foreign, init)

@@ -76,6 +76,7 @@ def _shape(tensor: Tensor) -> str:
 def build_foreign(
     name: str,
     factory: str | Callable[..., nn.Module],
+    *,
     classes_argument: str,
     num_classes: int,
     norm: str | Callable[[int], nn.Module] | None,

@@ -39,7 +39,7 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
 
 def agc_formula(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     """`agc` as the paper writes it, in torch's own operations: what compilers, tracers and transforms get to see."""
-    mean = input.mean((2, 3), keepdim=True, dtype=_statistics_dtype(input))
+    mean = input.mean((2, 3), keepdim=True, dtype=statistics_dtype(input))
     weight, bias, mean_scale = weight.view(1, -1, 1, 1), bias.view(1, -1, 1, 1), mean_scale.view(1, -1, 1, 1)
     return ((input - mean_scale * mean) * weight + bias).to(input.dtype)
 
@@ -72,7 +72,7 @@ def _shape(maps: Tensor) -> str:
     return str(list(maps.size())).replace("[", "(").replace("]", ")")
 
 
-def _statistics_dtype(maps: Tensor) -> torch.dtype:
+def statistics_dtype(maps: Tensor) -> torch.dtype:
     half = maps.dtype == torch.bfloat16 or maps.dtype == torch.float16
     return torch.float32 if half else maps.dtype
 
@@ -80,7 +80,7 @@ def _statistics_dtype(maps: Tensor) -> torch.dtype:
 class _AGC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, mean_scale):
-        mean = input.mean((2, 3), dtype=_statistics_dtype(input))
+        mean = input.mean((2, 3), dtype=statistics_dtype(input))
         ctx.save_for_backward(input, weight, bias, mean_scale, mean)
         centred = input - (mean_scale * mean)[:, :, None, None]
         if weight.dtype != centred.dtype:  # as float32 parameters of float64 maps, which may not become the output's

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from agcseg.errors import UserError
-from agcseg.nn.agc import AGC2d, _statistics_dtype
+from agcseg.nn.agc import AGC2d, statistics_dtype
 
-BACKGROUNDS = ("map", "window", "median", "trimmed")
+BACKGROUNDS = ("window", "median", "trimmed")
 
 
 def window_mean(maps: Tensor, window: int | float) -> Tensor:
@@ -84,7 +84,7 @@ class BackgroundAGC2d(AGC2d):
     Args:
         num_features: C, the number of filters of the convolution in front.
         mean_scale: initial λ.
-        background: "window" (see `window_mean`), "median", "trimmed" (see `trimmed_mean`), or "map", the mean.
+        background: "window" (see `window_mean`), "median", or "trimmed" (see `trimmed_mean`).
         window: of "window".
         quantile: of "trimmed".
         median_gradient: of "median": a gradient flows through it (see `median`).
@@ -105,7 +105,7 @@ class BackgroundAGC2d(AGC2d):
     ) -> None:
         super().__init__(num_features, mean_scale=mean_scale)
         if background not in BACKGROUNDS:
-            raise UserError(f"background={background!r} is not known; choose from {', '.join(BACKGROUNDS)}")
+            raise UserError(f"background={background!r} is not known; choose from map, {', '.join(BACKGROUNDS)}")
         if not (0 < window < 1 or (window >= 3 and window % 2 == 1)):
             raise UserError(
                 f"window={window!r} must be an odd number of positions from 3, or a share of the map below 1"
@@ -116,15 +116,13 @@ class BackgroundAGC2d(AGC2d):
         self.median_gradient = median_gradient
 
     def forward(self, input: Tensor) -> Tensor:
-        maps = input.to(_statistics_dtype(input))
+        maps = input.to(statistics_dtype(input))
         if self.background == "window":
             background = window_mean(maps, self.window)
         elif self.background == "median":
             background = median(maps, self.median_gradient)
-        elif self.background == "trimmed":
-            background = trimmed_mean(maps, self.quantile)
         else:
-            background = maps.mean((2, 3), keepdim=True)
+            background = trimmed_mean(maps, self.quantile)
         weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias, self.mean_scale))
         return ((maps - mean_scale * background) * weight + bias).to(input.dtype)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.fast import Parameters, agc_unit
-from agcseg.nn.pairs import has_forward_of_its_own, has_hooks
+from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
 IMPLEMENTATIONS = ("fast", "literal")

@@ -11,7 +11,8 @@ from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
 from agcseg.nn.fast import AGCReLU2d
 from agcseg.nn.find import Findings, find
-from agcseg.nn.pairs import has_forward_of_its_own, has_hooks, paired, unpaired
+from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
+from agcseg.nn.pairs import paired, unpaired
 
 # By name, as their packages need not be installed.
 FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
@@ -94,7 +95,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
     units = {unit.norm: unit for unit in layers.values() if isinstance(unit, ConvUnit)}
     replaced, left = [], {}
     for name, module in layers.items():
-        reason = _why_stays(name, module, findings)
+        reason = _why_stays(module, findings)
         if reason:
             left[name] = reason
         elif _kind(module) in KINDS:
@@ -128,7 +129,7 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _why_stays(name: str, module: nn.Module, findings: Findings) -> str | None:
+def _why_stays(module: nn.Module, findings: Findings) -> str | None:
     """Why a batch normalisation stays what it is; None of anything else."""
     kind = _kind(module)
     if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes, unit
-from agcseg.nn.agc import AGC2d, _check, agc, transformed
+from agcseg.nn.agc import AGC2d, _check, agc, statistics_dtype, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -205,7 +205,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, bias, mean_scale):
-        mean = z.mean((2, 3), dtype=passes.statistics_dtype(z))
+        mean = z.mean((2, 3), dtype=statistics_dtype(z))
         level = torch.addcmul(bias, mean_scale, mean, value=-1)
         output = z.add_(level.to(z.dtype)[:, :, None, None]).relu_()
         ctx.mark_dirty(z)
@@ -328,7 +328,7 @@ def _eager_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Ten
 
 def _small_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     """In torch's own operations, whose backward takes no Python; keeps the input and the output."""
-    mean = input.mean((2, 3), dtype=passes.statistics_dtype(input))
+    mean = input.mean((2, 3), dtype=statistics_dtype(input))
     level = torch.addcmul(bias, mean_scale * weight, mean, value=-1)
     return torch.addcmul(level.to(input.dtype)[:, :, None, None], input, weight.to(input.dtype).view(-1, 1, 1)).relu_()
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from agcseg.errors import UserError
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.hooks import has_forward_of_its_own
 from agcseg.nn.norms import FRN2d, ScaledWS2d
-from agcseg.nn.pairs import has_forward_of_its_own
 
 MODES = ("minibatch", "map", "sample")
 GATES = ("relu", "grad")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from agcseg.nn.agc import AGC2d, _statistics_dtype, runs_eagerly
+from agcseg.nn.agc import AGC2d, runs_eagerly, statistics_dtype
 from agcseg.nn.conv import ConvUnit
-from agcseg.nn.pairs import has_forward_of_its_own, has_hooks
+from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
 
 
 def inference_form(network: nn.Module) -> nn.Module:
@@ -96,7 +96,7 @@ def mean_of_conv(maps: Tensor, filters: Tensor) -> Tensor:
     Returns:
         (N, K), in at least float32.
     """
-    dtype = _statistics_dtype(maps)
+    dtype = statistics_dtype(maps)
     if filters.shape[2] == 1:
         sums = maps.sum((2, 3), dtype=dtype)
     else:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
 from agcseg.nn.fast import agc_relu
+from agcseg.nn.hooks import has_hooks
 from agcseg.nn.passes import filter_gradients, sums
 from agcseg.nn.unit import Geometry, convolve, convolve_backward
 
@@ -280,15 +281,3 @@ class _Call(NamedTuple):
                 Geometry(_pair(self.stride), _pair(padding), _pair(self.dilation), self.groups),
             )
         return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward: pruning, the old weight norm, whatever users hang on."""
-    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(own) or nn.modules.module._has_any_global_hook()
-
-
-def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether somebody has replaced the forward of this one object, as is done for circular padding."""
-    own = vars(module)
-    return "forward" in own or "_conv_forward" in own

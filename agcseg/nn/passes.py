@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agcseg.nn.agc import statistics_dtype
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
 PAIRS = {2: torch.int32, 4: torch.int64} if sys.byteorder == "little" else {}
@@ -34,10 +36,6 @@ def kernels(maps: Tensor) -> ModuleType | None:
 def layout(maps: Tensor) -> torch.memory_format:
     plain = maps.is_contiguous() or not maps.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if plain else torch.channels_last
-
-
-def statistics_dtype(maps: Tensor) -> torch.dtype:
-    return torch.float32 if maps.dtype in (torch.bfloat16, torch.float16) else maps.dtype
 
 
 def sums(maps: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from agcseg.errors import UserError
 from agcseg.nn.agc import transformed
 from agcseg.nn.conv import ConvUnit
 from agcseg.nn.fast import agc_unit
-from agcseg.nn.pairs import has_hooks
+from agcseg.nn.hooks import has_hooks
 
 
 class Cost(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agcseg.nn import passes
+from agcseg.nn.agc import statistics_dtype
 from agcseg.nn.passes import CACHED
 
 
@@ -295,7 +296,7 @@ def _fake_forward(inputs, unpool, parameters, stem, pool, ahead, sums):
     shape = (x.shape[0], len(filters), *(side // 2 if pool else side for side in sides))
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(inputs, filters))
     winners = torch.empty_like(output, dtype=torch.uint8) if pool else x.new_empty(0)
-    dtype = passes.statistics_dtype(x)
+    dtype = statistics_dtype(x)
     mean = x.new_empty((x.shape[0], len(filters)), dtype=dtype)  # its len would fix the size of the minibatch
     stem_mean = x.new_empty((x.shape[0], len(stem[0])), dtype=dtype) if stem else x.new_empty(0)
     return output, winners, mean, stem_mean, *(x.new_empty(0) for _ in range(3))

@@ -22,9 +22,9 @@ def on_terminal(stream) -> bool:
         return False
 
 
-def progress(items, total: int, what: str = "decoding"):
+def progress(items, total: int | None, what: str = "decoding", unit: str = "image"):
     """The items, with a bar on a terminal."""
-    return tqdm(items, what, total, unit="image", disable=not on_terminal(sys.stderr))
+    return tqdm(items, what, total, unit=unit, disable=not on_terminal(sys.stderr))
 
 
 class Bar:

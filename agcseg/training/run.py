@@ -7,24 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from agcseg import class_weights
 from agcseg.check import check
 from agcseg.config import Config, momentum, rate
-from agcseg.data import open_data
 from agcseg.data.augment import transform
-from agcseg.data.cache import Cached
-from agcseg.data.layout import Layout
-from agcseg.data.minibatches import MEAN, STD, Split, choose, histogram, minibatches, open_split
+from agcseg.data.minibatches import MEAN, STD, minibatches
 from agcseg.errors import UserError
 from agcseg.figure1 import panels_of
-from agcseg.networks import kind
 from agcseg.networks.foreign import Foreign
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
@@ -37,7 +32,8 @@ from agcseg.record.record import Record
 from agcseg.record.tables import lambdas_of, layer_rows
 from agcseg.trained import start_from
 from agcseg.training import parallel
-from agcseg.training.lines import Bar, divergence, introduction, progress
+from agcseg.training.dataset import Data, on_device, open_wanted
+from agcseg.training.lines import Bar, divergence, introduction
 from agcseg.training.machine import (
     added_memory,
     compiled,
@@ -49,43 +45,13 @@ from agcseg.training.machine import (
     reset_peak_memory,
     settings,
 )
-from agcseg.training.passes import constant_error, loss_figures, shown_images, validate
+from agcseg.training.passes import loss_figures, shown_images, validate
 from agcseg.training.state import State, begin
 from agcseg.training.step import make_step
 
 log = logging.getLogger("agcseg")
 
 SIGNAL_IMAGES = 4  # validation images by which the layers are described after each epoch
-
-
-class Opened(NamedTuple):
-    """A data set's splits, which of their images are wanted, and the digest of those as they are used."""
-
-    layout: Layout
-    cached: dict[str, Cached]
-    chosen: dict[str, np.ndarray]
-    digests: dict[str, Any]
-
-
-class Data(NamedTuple):
-    """What a run trains on and is judged by.
-
-    Attributes:
-        pixels: of each class in the training images.
-        weighting: of the classes in the loss, see `agcseg.class_weights.describe`.
-        weights: the same as a tensor, (classes,), on the device.
-        constant_error: validation pixel error of always naming the commonest class.
-        beside_cache: where a copy of the weighting lies.
-    """
-
-    layout: Layout
-    train: Split
-    val: Split
-    pixels: list[int]
-    weighting: dict
-    weights: Tensor
-    constant_error: float
-    beside_cache: Path
 
 
 class Diverged(Exception):
@@ -130,7 +96,7 @@ def run(config: Config, folder: Path) -> dict:
         )
     me = {"config": asdict(config), "processes": processes}
     try:
-        opened, unseen = _open(config), ""
+        opened, unseen = open_wanted(config), ""
         me["data"] = opened.digests
     except UserError as error:
         opened, unseen = error, str(error).splitlines()[0]
@@ -151,7 +117,7 @@ def run(config: Config, folder: Path) -> dict:
         if result:
             return result
         with settings(config.precision, config.deterministic):
-            return _train(config, folder, device, me, _measured(config, opened, device))
+            return _train(config, folder, device, me, on_device(config, opened, device))
 
 
 def _train(config: Config, folder: Path, device: torch.device, me: dict, data: Data) -> dict:
@@ -344,47 +310,6 @@ def _recorded(config, folder: Path, state: State, data: Data, device, about: dic
         write_json(data.beside_cache, data.weighting)
     panels = panels_of(config.network.name, config.norm.name, config.minibatch, rate(config))
     return contextlib.closing(Record(folder, state, about, panels, config.save_every, sizes))
-
-
-def _open(config: Config) -> Opened:
-    """Both splits of the data set, and which of their images the run wants.
-
-    Raises:
-        UserError: the data cannot be used, or are too few.
-    """
-    data, contours = config.data, kind(config.network.name).contour
-    layout, cached = open_data(data, progress, log.info, contours)
-    chosen: dict[str, np.ndarray] = {}
-    digests: dict[str, Any] = {"classes": list(layout.classes.names)}
-    for split, wanted in (("train", data.train_images), ("val", data.val_images)):
-        available = len(cached[split].names)
-        if wanted is not None and wanted > available:
-            raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
-        chosen[split] = choose(available, wanted, data.choice_seed)
-        digests[split] = cached[split].digest(chosen[split], contours)
-    train, val, processes = len(chosen["train"]), len(chosen["val"]), parallel.world()
-    if config.minibatch > train:
-        raise UserError(f"minibatch={config.minibatch}: there are {train} training images")
-    if processes > val:
-        raise UserError(f"{processes} processes cannot share {val} validation images; start fewer")
-    if not any((cached["val"].labels[i] < len(layout.classes)).any() for i in chosen["val"]):
-        raise UserError(f"{layout.title}: the labels of the {val} validation images hold no labelled pixel")
-    return Opened(layout, cached, chosen, digests)
-
-
-def _measured(config: Config, opened: Opened, device: torch.device) -> Data:
-    """The data on their way into training, and what is known of them before it."""
-    layout, cached, chosen, _ = opened
-    contours, classes = kind(config.network.name).contour, layout.classes
-    train, val = (open_split(cached[split], chosen[split], device, contours) for split in ("train", "val"))
-    pixels = histogram(train, len(classes))
-    weighting = class_weights.describe(classes.names, pixels, config.class_weights)
-    weights = torch.tensor([row["weight"] for row in weighting["classes"]], device=device)
-    commonest = max(range(len(pixels)), key=pixels.__getitem__)
-    constant = constant_error(commonest, val, len(pixels), device)
-    cache = cached["train"].folder
-    name = f"{cache.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
-    return Data(layout, train, val, pixels, weighting, weights, constant, cache.with_name(name))
 
 
 def _wrapped(network: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:

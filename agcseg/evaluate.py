@@ -110,7 +110,7 @@ def _with_intervals(figures: dict, wrong: Tensor, valid: Tensor, confusions: Ten
 def intervals(wrong: Tensor, valid: Tensor, confusions: Tensor) -> tuple[list, list, list] | None:
     """95 % intervals by the percentile bootstrap: images are drawn anew with replacement, 1000 times, seeded.
 
-    They tell how far a figure hangs on the choice of images, taken as independent (frames of one film are not), and
+    They tell how far a figure depends on the choice of images, taken as independent (frames of one film are not), and
     nothing of how it varies from one training to the next.
 
     Args:

@@ -96,7 +96,7 @@ def _classes(saved: dict | list, data: str) -> Classes:
 def start_from(
     network: nn.Module, path: str | Path, norm: str | None = None, classes: Sequence[str] | None = None
 ) -> str:
-    """Give a new network the weights of a trained one; where its classes are others, not those whose shape hangs on
+    """Give a new network the weights of a trained one; where its classes are others, not those whose shape depends on
     their number.
 
     Args:

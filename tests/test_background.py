@@ -43,7 +43,7 @@ def test_a_large_window_is_the_map(window):
 
 
 def test_a_window_without_numbers():
-    """As a network of others is tried."""
+    """As a third-party network is tried."""
     assert window_mean(torch.empty(2, 3, 8, 6, device="meta"), 0.5).shape == (2, 3, 8, 6)
 
 

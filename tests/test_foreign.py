@@ -1,4 +1,4 @@
-"""Networks of others: by name, by a callable, with every norm, and behind all programs."""
+"""Third-party networks: by name, by a callable, with every norm, and behind all programs."""
 
 import csv
 import importlib.util
@@ -266,7 +266,7 @@ def test_options_that_fetch_weights_reach_the_factory(mine, tmp_path):
 
 
 def test_start_from_a_network_of_others(mine, tmp_path):
-    """Only what hangs on the number of classes may differ. Its factory may look at values, as timm's do."""
+    """Only what depends on the number of classes may differ. Its factory may look at values, as timm's do."""
     looking = textwrap.dedent(MINE).replace("self.late", "torch.zeros(1).item(); self.late", 1)
     (tmp_path / "mynet.py").write_text("import torch\n" + looking)
     its = Config(network=NetworkConfig("mine", factory=mine, classes_argument="classes"))

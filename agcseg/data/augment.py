@@ -1,6 +1,6 @@
 """Training images drawn anew in every epoch: larger or smaller, cut out, mirrored, in other colours.
 
-What happens to an image hangs on the seed, the epoch and its place in the data set alone, so that a run that goes on,
+What happens to an image depends on the seed, the epoch and its place in the data set alone, so that a run that goes on,
 several processes and parts of a minibatch get the same pictures. It happens on the device, to pixels (uint8), by
 torchvision.transforms.v2, which is imported where it is used only: that takes as long as importing torch.
 """

@@ -58,13 +58,13 @@ def build(
             is searched too. See `agcseg.networks.foreign.Foreign` for what it may give.
         classes_argument: the factory's argument for the number of classes.
         download: False leaves out options by which a factory would fetch trained weights.
-        size: of images, (height, width), that a network of others is tried on, without computing.
+        size: of images, (height, width), that a third-party network is tried on, without computing.
         **options: further keyword arguments of the network or the factory, such as `in_channels`, `head_norm` (SegNet),
             `contour_width` (ClassNet) or `weights_backbone` (torchvision).
 
     Returns:
         a module from images (N, 3, H, W) to class logits (N, K, H, W); ClassNet gives a `ClassNetOutput` with them and
-        contour logits. What became of the norms of a network of others is logged.
+        contour logits. What became of the norms of a third-party network is logged.
 
     Raises:
         UserError (a ValueError): a name or option is not known, or a number is out of range; it lists what there is.

@@ -1,7 +1,7 @@
 """ClassNet, the second network of Deep Control (Ruff 2017, section 3, ii). A reconstruction: it was never published.
 
 The paper describes it in a few paragraphs of prose and its appendix is not public. What they leave open is decided
-here, and listed in the README; the layers' numbers below are ours.
+here, and listed in docs/choices.md; the layers' numbers below are ours.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ OF_UNITS = ("frn", "ws")  # norms that need the convolution in front or the acti
 
 
 class Foreign(nn.Module):
-    """A network of others as this framework calls one: from images to class logits of the images' size.
+    """A third-party network as this framework calls one: from images to class logits of the images' size.
 
     Args:
         network: from images (N, 3, H, W) to logits (N, K, h, w), or to a mapping with them as "out". Where h and w are
@@ -85,7 +85,7 @@ def build_foreign(
     size: tuple[int, int],
     options: dict[str, Any],
 ) -> tuple[Foreign, str]:
-    """Make a network of others and give it the norm that is wanted.
+    """Make a third-party network and give it the norm that is wanted.
 
     Args:
         factory: the callable, or "package.module:function".
@@ -204,7 +204,7 @@ def _in_order(network: Foreign, size: tuple[int, int]) -> tuple[list[str], set[s
 
 
 def _renorm(network: nn.Module, norm, options: dict[str, Any], fuse: bool, points: set[str]) -> str:
-    """Give a network of others another norm, in place; returns what became of those it had."""
+    """Give a third-party network another norm, in place; returns what became of those it had."""
     if norm == "bn":
         return _set_batch_norm(network, options)
     if norm in OF_UNITS:

@@ -1,4 +1,4 @@
-"""The layers. They know torch and nothing else of this package."""
+"""The layers. They know torch, and of this package `agcseg.errors` alone."""
 
 from agcseg.nn.agc import AGC2d, agc
 from agcseg.nn.conv import IMPLEMENTATIONS, ConvUnit

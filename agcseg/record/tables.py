@@ -70,7 +70,7 @@ def layer_rows(
         gems: with GEMS, the factors of its last step, layer by layer, for a column of their means.
 
     Returns:
-        for each layer its name and role (encoder, lateral, decoder, head; in a network of others what its name starts
+        for each layer its name and role (encoder, lateral, decoder, head; in a third-party network what its name starts
         with), its number of filters, the mean of γ, and of
         λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3); then
         the size of its filters and maps, common-mode ratio, share of active points and number of dead filters; of the
@@ -128,7 +128,7 @@ def _with_lambda(network: nn.Module) -> dict[str, AGC2d]:
 
 
 def _norms(network: nn.Module) -> dict[str, nn.Module]:
-    """By the names of their layers; those of a network of others are called as it calls them."""
+    """By the names of their layers; those of a third-party network are called as it calls them."""
     if isinstance(network, Foreign):
         return {layer: network.network.get_submodule(layer) for layer in network.layers}
     return {_layer(name): module for name, module in network.named_modules() if name.endswith("norm")}

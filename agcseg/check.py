@@ -252,7 +252,7 @@ def _try_network(config: Config) -> Network:
 
 
 def _try_foreign(config: Config) -> None:
-    """Build a third-party network, on the CPU as its factory may insist on, and feed it a minibatch without computing."""
+    """Build a third-party network, on the CPU as its factory may insist on, and feed it images without computing."""
     disabled, random = logging.root.manager.disable, torch.get_rng_state()
     logging.disable(logging.INFO)  # what became of its norms is told once, where it is trained
     try:

@@ -102,7 +102,7 @@ def export(trained: Trained, format: str) -> bytes:
 
 
 def multiple_of(trained: Trained) -> int:
-    """Of which the sides of images are multiples; of a third-party network what divides those of training, at most 32."""
+    """Of which the sides of images are multiples; in a third-party network what divides the training size, up to 32."""
     multiple = trained.network.multiple
     return math.gcd(32, *trained.config.data.size) if multiple == 1 else multiple
 

@@ -72,8 +72,8 @@ written:
 DATA is the data set's name; of another folder than the run's, with that folder's name. With images=N the names end in
 -Nimages, with checkpoint=best in -best.
 
-Intervals are 95 %, by the bootstrap over images: how far a figure depends on the choice of images, not how it varies from
-one training to the next.
+Intervals are 95 %, by the bootstrap over images: how far a figure depends on the choice of images, not how it varies
+from one training to the next.
 
 exit code: 0 all is well, 2 the command, the run or the data cannot be used
 """

@@ -145,6 +145,11 @@ def test_wrong_shapes_are_refused():
         AGC2d(4)(torch.zeros(4, 6))
     with pytest.raises(ValueError, match="made for 4 channels; the input is"):
         AGC2d(4)(torch.zeros(1, 5, 6, 6))
+    ones = torch.ones(3)
+    for vectors in ((ones.view(3, 1), ones, ones), (ones, ones.view(3, 1), ones), (ones, ones, ones.view(1, 3, 1, 1))):
+        for function in (agc, agc_relu):  # which would broadcast
+            with pytest.raises(ValueError, match="vectors of one length"):
+                function(torch.zeros(1, 3, 4, 4), *vectors)
 
 
 @pytest.mark.parametrize("form", ["large", "small"], indirect=True)

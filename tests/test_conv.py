@@ -90,6 +90,24 @@ def test_hooks_of_a_stem_run(form):
     torch.testing.assert_close(unit(x, stem=stem), unit(stem(x)))
 
 
+@pytest.mark.parametrize("literal", [False, True])
+def test_what_a_hook_kept_of_a_convolution_stays(literal):
+    """Without a norm the ReLU gets the convolution's own maps."""
+    unit, kept = ConvUnit(3, 4, norm=None), []
+    if literal:
+        unit.conv.register_forward_hook(lambda conv, inputs, maps: kept.append(maps))
+    else:
+        unit.conv.register_full_backward_hook(lambda conv, *gradients: kept.append(-gradients[0][0]))
+    unit(torch.randn(2, 3, 6, 6, requires_grad=True)).sum().backward()
+    assert kept[0].min() < 0
+
+
+def test_odd_maps_are_not_pooled_in_any_form():
+    for norm, implementation in ((AGC2d, "literal"), (nn.BatchNorm2d, "fast")):
+        with pytest.raises(ValueError, match="even heights and widths"):
+            ConvUnit(3, 4, norm=norm, implementation=implementation)(torch.zeros(2, 3, 7, 8), pool=True)
+
+
 @pytest.mark.parametrize("form", ["large", "small"], indirect=True)
 def test_wrong_maps_are_refused_whatever_their_size(form):
     unit, x = ConvUnit(8, 4), torch.randn(2, 4, 6, 6)

@@ -166,6 +166,19 @@ def test_gain_of_zero_frozen_parts_and_second_derivatives():
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_without_shift_gets_one(frozen):
+    norm = nn.BatchNorm2d(4)
+    norm.bias = None  # as bias=False makes it in newer versions of torch
+    norm.weight.requires_grad_(not frozen)
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).model
+    assert (
+        model[1].bias.tolist() == [0] * 4 and model[1].bias.requires_grad == model[1].mean_scale.requires_grad != frozen
+    )
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(model(x), agc(F.conv2d(x, model[0].weight, model[0].bias), *model[1].parameters()))
+
+
 @pytest.mark.parametrize(
     "geometry",
     [

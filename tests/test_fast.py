@@ -19,6 +19,7 @@ from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.nn import NORMS, ConvUnit, agc_relu, agc_unit, max_pool2d, max_unpool2d, passes
 from agcseg.nn.pooling import window_offsets
+from agcseg.nn.rebuild import rebuilding
 
 
 @pytest.fixture(autouse=True)
@@ -226,8 +227,10 @@ def test_wrong_shapes_are_refused():
         unit(torch.zeros(1, 3, 5, 4), pool=True)
     with pytest.raises(ValueError, match="implementation"):
         ConvUnit(3, 4, implementation="quick")
-    with pytest.raises(ValueError, match=r"4 filters take γ, β and λ of as many; got \[1, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"4 filters take γ, β and λ of as many; got \(1,\), \(4,\), \(4,\)"):
         agc_unit(torch.zeros(1, 3, 4, 4), unit.conv.weight, torch.ones(1), torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match=r"got \(4,\), \(4, 1\), \(4,\)"):  # it would broadcast over the samples
+        agc_unit(torch.zeros(4, 3, 4, 4), unit.conv.weight, torch.ones(4), torch.zeros(4, 1), torch.ones(4))
 
 
 @pytest.mark.parametrize("size", [8, 256])
@@ -498,6 +501,33 @@ def test_parameters_changed_before_backward_are_noticed():
             parameter.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@both_forms
+@pytest.mark.parametrize("changed", ["maps", "filters"])
+def test_what_a_frozen_unit_is_computed_again_from_is_watched(changed):
+    """It keeps nothing itself that torch would watch."""
+    first, second = ConvUnit(3, 4), ConvUnit(4, 4)
+    first.requires_grad_(False)
+    images = torch.randn(2, 3, 8, 8)
+    with rebuilding({first}) as run:
+        loss = second(run(first, images)).sum()
+    with torch.no_grad():
+        (images if changed == "maps" else first.conv.weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@both_forms
+def test_autocast_around_backward_rounds_no_gradient():
+    torch.manual_seed(0)
+    unit, x = ConvUnit(3, 8), torch.randn(2, 3, 16, 16)
+    loss = unit(x).square().sum()
+    expected = torch.autograd.grad(loss, list(unit.parameters()), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, list(unit.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, size", [("segnet", (64, 64)), ("classnet", (128, 128))])

@@ -327,6 +327,21 @@ def test_evaluation_counts_nothing():
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_unit_whose_norm_is_in_eval_mode_is_left_alone(mode):
+    """The convolution's part of "map" too."""
+    torch.manual_seed(0)
+    units = nn.Sequential(ConvUnit(3, 4), ConvUnit(4, 4)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(units[1](units[0](x).detach()).square().sum(), list(units[1].parameters()))
+    gems = GEMS(units, mode=mode)
+    units[1].norm.eval()
+    units(x).square().sum().backward()
+    gems.scale_gradients()
+    for parameter, gradient in zip(units[1].parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_with_pooling_and_in_half_precision(mode):
     """What is counted is what the ReLU lets through, not the winners of a pooling."""
     unit, x = make("agc")

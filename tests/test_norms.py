@@ -1,11 +1,13 @@
 """The norms beside AGC and torch's own: values against formulas written out, map by map, in float64."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import agcseg
 from agcseg import AGC2d, ConvUnit
@@ -218,3 +220,29 @@ def test_options_of_the_wrong_kind(norm, options):
     (key,) = options
     with pytest.raises(agcseg.errors.UserError, match=f"norm '{norm}': {key}=.* must be like its default, "):
         agcseg.build("segnet", norm=norm, norm_options=options)
+
+
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm, None])
+def test_filters_are_standardised_behind_what_makes_them(change):
+    """Parametrised or pruned, they are standardised as they are then, and what they are made of learns."""
+    torch.manual_seed(0)
+    unit, x = ConvUnit(3, 4, norm=NORMS["ws"]).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    if change:
+        change(unit.conv)
+    else:
+        prune.random_unstructured(unit.conv, "weight", 0.5)
+        unit(x)  # its hook makes the weight
+    expected = F.conv2d(x, unit.norm.standardise(unit.conv.weight), padding=1)
+    torch.testing.assert_close(unit(x), F.relu(unit.norm(expected)), rtol=0, atol=1e-12)
+    originals = [parameter for name, parameter in unit.conv.named_parameters() if "orig" in name]
+    unit(x).square().sum().backward()
+    assert originals and all(parameter.grad.abs().sum() > 0 for parameter in originals)
+
+
+def test_a_standardised_unit_is_copied_with_its_norm():
+    unit = ConvUnit(3, 4, norm=NORMS["ws"])
+    twin = copy.deepcopy(unit)
+    twin.norm.eps = 1e9
+    assert twin.conv.standardise.__self__ is twin.norm and list(twin.state_dict()) == list(unit.state_dict())
+    x = torch.randn(1, 3, 4, 4)
+    assert twin(x).abs().sum() < 1e-3 < unit(x).abs().sum()

@@ -63,9 +63,9 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None, mean_scale
         raise ValueError(f"agc takes maps of real numbers; got {input.dtype}")
     if input.size(1) != weight.numel():
         raise ValueError(f"agc was made for {weight.numel()} channels; the input is {_shape(input)}")
-    for vector in (bias, mean_scale):
-        if vector is not None and vector.numel() != weight.numel():
-            raise ValueError(f"γ, β and λ are vectors of one length; got {weight.numel()} and {vector.numel()}")
+    for vector in (weight, bias, mean_scale):
+        if vector is not None and (vector.dim() != 1 or vector.numel() != weight.numel()):
+            raise ValueError(f"γ, β and λ are vectors of one length; got {_shape(weight)} and {_shape(vector)}")
 
 
 def _shape(maps: Tensor) -> str:

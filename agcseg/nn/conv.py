@@ -1,11 +1,11 @@
 """Convolution, normalisation and ReLU as one unit: the place where a norm may be fused with its convolution."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from agcseg.nn.agc import AGC2d
@@ -14,6 +14,17 @@ from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
 IMPLEMENTATIONS = ("fast", "literal")
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution by what `standardise` makes of its filters, behind their parametrisation or pruning."""
+
+    def __init__(self, *args, standardise: Callable[[Tensor], Tensor], **options) -> None:
+        super().__init__(*args, **options)
+        self.standardise = standardise
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, self.standardise(weight), bias)
 
 
 class ConvUnit(nn.Module):
@@ -27,7 +38,7 @@ class ConvUnit(nn.Module):
     Args:
         in_channels, out_channels, kernel_size: of the convolution; `kernel_size` is odd.
         norm: num_features -> module, or None for none. A module with a method `activate(maps)` does not get the ReLU;
-            one with a method `standardise(filters)` has its convolution use these.
+            one with a method `standardise(filters)` has its convolution made so that it uses these.
         identity: the layer may start as the identity (`init="identity"`): it is not the first after a change of
             resolution. "last": on the last of its input channels, where they are more than its outputs.
         implementation: "fast", or "literal" for the paper's formula. Values, gradients, parameters and state_dict are
@@ -47,13 +58,19 @@ class ConvUnit(nn.Module):
         implementation: str = "fast",
     ) -> None:
         super().__init__()
+        self.conv: Any
         self.norm: Any
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         if not isinstance(kernel_size, int) or kernel_size % 2 != 1:
             raise ValueError(f"kernel_size={kernel_size!r} must be one odd number")
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm is None)
-        self.norm = norm(out_channels) if norm else nn.Identity()
+        made: Any = norm(out_channels) if norm else nn.Identity()
+        options: dict[str, Any] = {"padding": kernel_size // 2, "bias": norm is None}
+        convolution: Any = nn.Conv2d
+        if hasattr(made, "standardise"):
+            convolution = partial(StandardisedConv2d, standardise=made.standardise)
+        self.conv = convolution(in_channels, out_channels, kernel_size, **options)
+        self.norm = made
         self.identity = identity
         self.implementation = implementation
 
@@ -117,16 +134,11 @@ class ConvUnit(nn.Module):
             maps = max_unpool2d(maps, unpool)
         if stem is not None:
             maps = stem(maps)
-        if hasattr(self.norm, "standardise"):
-            filters = self.norm.standardise(self.conv.weight)
-            maps = functional_call(self.conv, {"weight": filters}, (maps,))
-        else:
-            maps = self.conv(maps)
-        maps = self.norm(maps)
+        maps = self.norm(self.conv(maps))
         if hasattr(self.norm, "activate"):
             maps = self.norm.activate(maps)
-        else:  # a hook may have kept the norm's maps
-            maps = F.relu(maps, inplace=not has_hooks(self.norm))
+        else:  # a hook may have kept the maps, of the convolution too where the norm hands them on
+            maps = F.relu(maps, inplace=not (has_hooks(self.norm) or has_hooks(self.conv)))
         results = max_pool2d(maps) if pool else (maps,)
         if sum_up:
             return *results, None

@@ -154,11 +154,13 @@ def _become_agc(norm: Any, mean_scale: float) -> None:
     norm.__class__ = AGCAct2d if hasattr(norm, "act") else AGC2d
     norm.num_features, norm.initial_mean_scale = num_features, mean_scale
     if norm.weight is None:
-        norm.weight, norm.bias = fresh.weight, fresh.bias
-    if "weight" in norm._buffers:  # frozen for good
-        norm.register_buffer("mean_scale", fresh.mean_scale.detach())
-    else:
-        norm.mean_scale = fresh.mean_scale.requires_grad_(norm.weight.requires_grad)
+        norm.weight = fresh.weight
+    missing = ("mean_scale",) if norm.bias is not None else ("bias", "mean_scale")
+    for name in missing:
+        if "weight" in norm._buffers:  # frozen for good
+            norm.register_buffer(name, getattr(fresh, name).detach())
+        else:
+            setattr(norm, name, getattr(fresh, name).requires_grad_(norm.weight.requires_grad))
 
 
 class AGCAct2d(AGC2d):

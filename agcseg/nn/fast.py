@@ -159,9 +159,9 @@ def _check_maps(inputs: tuple[Tensor, ...], unpool: Tensor | None) -> None:
 
 
 def _check_parameters(filters: Tensor, *vectors: Tensor) -> None:
-    k, *lengths = filters.shape[0], *(vector.shape[0] for vector in vectors)
-    if lengths != [k] * 3:
-        raise ValueError(f"{k} filters take γ, β and λ of as many; got {lengths}")
+    if any(vector.shape != filters.shape[:1] for vector in vectors):
+        got = ", ".join(str(tuple(vector.shape)) for vector in vectors)
+        raise ValueError(f"{len(filters)} filters take γ, β and λ of as many; got {got}")
 
 
 def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from agcseg.errors import UserError
 from agcseg.nn.agc import AGC2d
-from agcseg.nn.conv import ConvUnit
+from agcseg.nn.conv import ConvUnit, StandardisedConv2d
 from agcseg.nn.hooks import has_forward_of_its_own
 from agcseg.nn.norms import FRN2d, ScaledWS2d
 
@@ -136,7 +136,11 @@ class GEMS:
 
 def _is_plain(conv: nn.Conv2d) -> bool:
     """Whether `_Convolution` is its backward."""
-    as_made = type(conv) is nn.Conv2d and not has_forward_of_its_own(conv) and isinstance(conv.padding, tuple)
+    as_made = (
+        type(conv) in (nn.Conv2d, StandardisedConv2d)
+        and not has_forward_of_its_own(conv)
+        and isinstance(conv.padding, tuple)
+    )
     return as_made and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
 
 
@@ -174,10 +178,11 @@ class _Counter:
         return maps
 
     def rewire(self, conv: nn.Conv2d, inputs: tuple, maps: Tensor) -> Tensor:
-        if not (conv.training and torch.is_grad_enabled()):
+        if not (self.gems.units[self.name].norm.training and torch.is_grad_enabled()):  # as `passing` decides
             return maps
         self.scale = {}
-        return _Convolution.apply(maps.detach(), inputs[0], conv.weight, conv.bias, conv.padding, self.scale)
+        filters = conv.standardise(conv.weight) if isinstance(conv, StandardisedConv2d) else conv.weight
+        return _Convolution.apply(maps.detach(), inputs[0], filters, conv.bias, conv.padding, self.scale)
 
 
 class _Convolution(torch.autograd.Function):

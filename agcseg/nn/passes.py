@@ -120,7 +120,9 @@ def filter_gradients(d_filters: Tensor, filters: Tensor, gain: Tensor) -> tuple[
     d_filters = as_parameter(d_filters, filters)
     order = (0, 2, 3, 1) if layout(filters) == torch.channels_last else (0, 1, 2, 3)  # in which memory has them
     w, d = (numbers.permute(order).reshape(len(filters), -1) for numbers in (filters, d_filters))
-    d_gain = torch.linalg.vecdot(w, d).to(gain.dtype)
+    # which autocast, that a caller may have around backward, would round
+    d_gain = (w * d).sum(1) if torch.is_autocast_enabled(w.device.type) else torch.linalg.vecdot(w, d)
+    d_gain = d_gain.to(gain.dtype)
     return d_filters.mul_(gain.view(-1, 1, 1, 1)), d_gain
 
 

@@ -21,7 +21,12 @@ def max_pool2d(input: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         the maxima, (N, C, H/2, W/2), and their flat positions in the map, int64 of the same shape.
+
+    Raises:
+        ValueError: H or W is odd.
     """
+    if input.shape[2] % 2 or input.shape[3] % 2:
+        raise ValueError(f"2x2 pooling takes even heights and widths; got {tuple(input.shape[2:])}")
     return F.max_pool2d(input, 2, return_indices=True)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agcseg.errors import UserError
 from agcseg.nn.agc import transformed
@@ -165,8 +165,12 @@ def _again(unit: nn.Module, device: str, input, options: dict) -> Callable[[], T
     parameters = [parameter.detach() for parameter in unit.agc_parameters] if isinstance(unit, ConvUnit) else None
     if options.get("stem"):
         options = options | {"stem": tuple(parameter.detach() for parameter in options["stem"].agc_parameters)}
+    tensors = [leaf for leaf in tree_leaves((input, options, parameters)) if isinstance(leaf, Tensor)]
+    versions = [_version(tensor) for tensor in tensors]
 
     def call():
+        for held in zip(tensors, versions, strict=True):
+            _unchanged(held)
         maps, own = tree_map_only(_Output, _Output.get, (input, options))
         with torch.no_grad(), torch.autocast(device, cache_enabled=False, **autocast):
             result = agc_unit(maps, *parameters, **own) if parameters else unit(maps)

@@ -136,6 +136,10 @@ def _check_names(config: Config, expect: Callable) -> None:
         channels = config.network.options.get("in_channels", 3)
         expect(channels == 3, f"network.options.in_channels={channels}: images have 3 channels, red, green and blue")
     expect(bool(config.name), "name: must not be empty")
+    run = config.run or ""
+    expect(
+        "/" not in run and not run.startswith("."), f"run={run}: must be the name of one folder, without a dot in front"
+    )
     named = config.network.name
     expect("/" not in named, f"network.name={named}: stands in the names of folders, and must not hold a slash")
     for key in ("name", "run"):

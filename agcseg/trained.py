@@ -1,5 +1,6 @@
 """What training left, ready to use: a network in eval mode, and what its classes mean."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -134,6 +135,18 @@ def start_from(
         raise UserError(f"init_from={path}: is a network of another kind, norm or width ({other[0]} does not fit)")
     network.load_state_dict({key: saved[key] for key in own if key not in new}, strict=False)
     return f"weights from {path}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
+
+
+def digest_of_start(path: str | Path) -> str:
+    """A digest of the checkpoint that `start_from` would take; empty if there is none now."""
+    found = hashlib.blake2b(digest_size=16)
+    try:
+        with open(_checkpoint(expanded(path)), "rb") as file:
+            while part := file.read(2**20):
+                found.update(part)
+    except (UserError, OSError):
+        return ""
+    return found.hexdigest()
 
 
 def _checkpoint(path: Path, which: str = "last") -> Path:

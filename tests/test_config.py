@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from agcseg import build
 from agcseg.check import check
 from agcseg.cli import CONFIGS, hydra_arguments, to_object
 from agcseg.cli.jobs import _jobs as jobs_of
-from agcseg.cli.jobs import check_sweep, folder_of, spelled_as_in_files
+from agcseg.cli.jobs import check_files, check_sweep, folder_of, spelled_as_in_files
 from agcseg.config import Config, momentum, rate
 from agcseg.errors import UserError
-from agcseg.record.identity import FREE
+from agcseg.record.identity import FREE, differences, folder_name, without_effect
 
 
 def config(*overrides) -> Config:
@@ -198,6 +199,8 @@ def test_small_sizes_that_work(overrides):
         (["augment.contrast=1e300"], "augment.contrast=1e+300: must be from 0 to 100"),
         (["lr.power=inf"], "lr.power=inf: must be positive and finite"),
         (["init_from="], "init_from: must not be empty; null for none"),
+        (["run=trial/one"], "run=trial/one: must be the name of one folder"),
+        (["run=.hidden"], "run=.hidden: must be the name of one folder, without a dot in front"),
         (["data.cache_dir="], "data.cache_dir: must not be empty"),
         (["noise.gain=1.5"], "noise.gain=1.5: must be between 0 and 1"),
         (["noise.shift=-0.1"], "noise.shift=-0.1: must be finite and not negative"),
@@ -343,6 +346,38 @@ def test_files_of_ones_own_are_seen_by_the_check(tmp_path):
     for place in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
         with pytest.raises(UserError, match="two runs of this sweep have one folder"):
             check_sweep(["-m", *place, "+mine=a", "network.implementation=fast,literal"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a: [1\nb: 2\n", r"mine/a.yaml, line 2: expected ',' or ']'"), (b"# \xe4\n", "mine/a.yaml: is not in UTF-8")],
+)
+def test_files_of_ones_own_that_are_broken_are_named(tmp_path, content, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.yaml").write_bytes(content)
+    for place in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"], ["-cd", str(tmp_path)]):
+        with pytest.raises(UserError, match=message):
+            check_files([*place, "+mine=a"])
+    check_files(["-cd", str(tmp_path / "nowhere")])  # Hydra says that
+
+
+def test_settings_without_effect_are_no_other_run():
+    usual = Config()
+    for change, said in (
+        (lambda config: setattr(config.lr, "power", 2.0), "lr.power=2.0, of schedule=poly alone"),
+        (lambda config: setattr(config.gems, "limit", 3.0), "gems.limit=3.0, of gems.mode=map or minibatch or sample"),
+        (
+            lambda config: config.norm.options.update(window=0.25),
+            "norm.options.window=0.25, of norm.options.back",
+        ),
+    ):
+        config = Config()
+        change(config)
+        assert folder_name(config, usual) == folder_name(usual, usual)
+        assert not differences(*({"config": asdict(one), "processes": 1} for one in (usual, config)))
+        assert [line.startswith(said) for line in without_effect(asdict(config))] == [True]
+    config.norm.options["background"] = "window"
+    assert "window=0.25" in folder_name(config, usual) and not without_effect(asdict(config))
 
 
 def test_sweeps_that_may_start():

@@ -185,6 +185,9 @@ def test_program(torch_program, tmp_path, monkeypatch, capsys):
     assert program.main(["RUN", "format=torch"]) == 0
     assert (tmp_path / "network.pt2").read_bytes() == torch_program
     assert "1x3x32x64: differs by at most" in capsys.readouterr().out
+    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: one._replace(path=tmp_path / "best.pt"))
+    assert program.main(["RUN", "format=torch", "checkpoint=best"]) == 0 and (tmp_path / "network-best.pt2").is_file()
+    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: one)
     with torch.no_grad():
         one.network.head.bias[0] += 1  # no longer what was exported
     target = tmp_path / "new/other.pt2"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_evaluation_of_another_folder_replaces_nothing(runs, streets, tmp_path):
     other.unlink()
     shutil.copytree(streets, other)
     assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'same'}", f"data.root={other}") == 0
-    figures = json.loads((tmp_path / "same/eval-streets-other-streets-val-training.json").read_text())
+    figures = json.loads((tmp_path / "same/segnet-eval-streets-other-streets-val-training.json").read_text())
     assert figures["root"] == str(other) and len(list((tmp_path / "same").glob("*"))) == 4
 
 
@@ -155,14 +156,15 @@ def test_evaluation_of_another_folder_with_the_data_sets_name_replaces_nothing(r
     for root in (streets, tmp_path / "other/streets"):
         assert ended(eval_program, runs / "segnet", f"output={tmp_path / 'out'}", f"data.root={root}") == 0
     names = {path.name for path in (tmp_path / "out").glob("*.json")}
-    assert names == {"eval-streets-val-training.json", "eval-streets-streets-val-training.json"}
+    assert names == {"segnet-eval-streets-val-training.json", "segnet-eval-streets-streets-val-training.json"}
 
 
 def test_evaluation_of_a_few_images_does_not_replace_that_of_all(runs, tmp_path):
     for arguments in ([], ["images=2"]):
         assert ended(eval_program, runs / "segnet", f"output={tmp_path}", *arguments) == 0
-    for name, images in (("eval-streets-val-training.json", 4), ("eval-streets-val-training-2images.json", 2)):
-        assert json.loads((tmp_path / name).read_text())["images"] == images
+    for name, images in (("training", 4), ("training-2images", 2)):
+        figures = json.loads((tmp_path / f"segnet-eval-streets-val-{name}.json").read_text())
+        assert figures["images"] == images and figures["run"].endswith("segnet/last.pt")  # others may lie beside it
 
 
 def test_evaluation_of_a_run_that_diverged_later_says_so(runs, tmp_path, capsys):
@@ -542,3 +544,17 @@ def test_a_gpu_rounds_as_in_training(runs, precision, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
     logits(trained, torch.zeros(1, 3, 32, 64, dtype=torch.uint8))
     assert seen == [precision == "tf32"] and torch.backends.cudnn.allow_tf32 == (precision == "fp32")
+
+
+def test_a_run_from_weights_that_changed_is_another(runs, tiny, tmp_path):
+    """Of one name, in one place: finished or not, it is told."""
+    source = shutil.copytree(runs / "segnet", tmp_path / "source")
+    config = tiny(init_from=str(source), epochs=1)
+    first = run(config, tmp_path / "run")
+    assert run(config, tmp_path / "run") == first
+    saved = torch.load(source / "last.pt")
+    saved["network"]["head.bias"] += 1
+    torch.save(saved, source / "last.pt")
+    for epochs in (1, 2):
+        with pytest.raises(UserError, match=f"init_from: {source} holds other weights now"):
+            run(replace(config, epochs=epochs), tmp_path / "run")

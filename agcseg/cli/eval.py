@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +70,7 @@ written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
 DATA is the data set's name; of another folder than the run's, with that folder's name. With images=N the names end in
--Nimages, with checkpoint=best in -best.
+-Nimages, with checkpoint=best in -best. In a folder given by output= they begin with the run's name.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure depends on the choice of images, not how it varies
 from one training to the next.
@@ -105,10 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         notes = [_behind(trained), _others(trained, [sample.name for sample in samples], figures["digest"], keys)]
         what = {"run": str(trained.path), "epoch": trained.epoch, "data": layout.name, "root": str(root)}
         what |= {"split": keys["split"], "resolution": keys["resolution"]}
+        what |= {"folder": asdict(data.folder)} if data.name == "folder" else {}
         size = {"training_size": list(trained.config.data.size)}
         some = f"-{keys['images']}images" if keys["images"] else ""
         best = "-best" if trained.path.name == "best.pt" else ""
-        base /= f"eval-{known_as}-{keys['split']}-{keys['resolution']}{some}{best}"
+        its = f"{trained.path.resolve().parent.name}-" if keys["output"] else ""  # there may be those of other runs
+        base /= f"{its}eval-{known_as}-{keys['split']}-{keys['resolution']}{some}{best}"
         picture = io.BytesIO()
         title = (
             f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "

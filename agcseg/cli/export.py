@@ -21,7 +21,8 @@ keys:
   format=onnx     for ONNX Runtime and others; needs the extra onnx: pip install '.[onnx]'. torch: a program for
                   torch.export.load, which needs torch alone
   checkpoint=last which of the run's weights: last, or best, those of the lowest validation pixel error
-  output=FILE     network.onnx or network.pt2 in the run's folder, if not given; an older file is replaced
+  output=FILE     if not given, network.onnx or network.pt2 in the run's folder, of checkpoint=best network-best; an
+                  older file is replaced
 
 the exported network:
   images          in: (N, 3, H, W) uint8, RGB; it normalises them itself. N is free, H and W in multiples of 32 (SegNet)
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     format = keys["format"]
     check_format(format)
     trained = agcseg.load(run, keys["checkpoint"])
-    output = expanded(keys["output"] or trained.path.with_name(f"network{FORMATS[format]}"))
+    best = "-best" if trained.path.name == "best.pt" else ""
+    output = expanded(keys["output"] or trained.path.with_name(f"network{best}{FORMATS[format]}"))
     if output.suffix != FORMATS[format]:
         raise UserError(f"output={output}: a file of format={format} ends in {FORMATS[format]}")
     there = next(folder for folder in output.absolute().parents if folder.exists())

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -20,6 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from agcseg import figure1
 from agcseg.cli import CONFIGS, to_object
@@ -58,6 +60,28 @@ def folder_of(
         choices = f"network={config.network.name}", f"norm={config.norm.name}", f"data={config.data.name}"
         name, places = "train", (CONFIGS,)
     return Path("outputs") / config.name / folder_name(config, to_object(_composed(choices, name, places), Config))
+
+
+def check_files(arguments: list[str]) -> None:
+    """Refuse files of one's own that are no YAML, whether they are used or not: Hydra ends in a traceback of YAML's.
+
+    Raises:
+        UserError: one line for each of them.
+    """
+    broken = []
+    for place in _flags(arguments)[1]:
+        folder = Path(place.removeprefix("file://"))
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]) if folder != Path(CONFIGS) else ():
+            try:
+                for _ in yaml.parse(path.read_text(encoding="utf-8")):
+                    pass
+            except YAMLError as error:
+                line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+                broken.append(f"{path}{line}: {getattr(error, 'problem', None) or error}")
+            except UnicodeDecodeError:
+                broken.append(f"{path}: is not in UTF-8")
+    if broken:
+        raise UserError("\n  ".join(["the configuration cannot be read:"] * (len(broken) > 1) + broken))
 
 
 def with_own_hydra(arguments: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, sentence, to_object
-from agcseg.cli.jobs import check_sweep, folder_of, spelled_as_in_files, with_own_hydra
+from agcseg.cli.jobs import check_files, check_sweep, folder_of, spelled_as_in_files, with_own_hydra
 from agcseg.config import Config
 from agcseg.errors import UserError
 from agcseg.training import parallel
@@ -38,6 +38,8 @@ def _job(cfg) -> float | None:
             if source.provider.startswith(("main", "command-line", "hydra.searchpath"))
         ]
         folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name or "train", places)
+        if not config.resume and "submitit" in hydra_config.launcher.get("_target_", ""):
+            raise UserError("resume=false: Slurm queues a job again, which would start afresh then; give another name=")
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once(config.resume) if ours else contextlib.nullcontext():
@@ -119,6 +121,7 @@ def _main() -> None:
     if sweep and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("torchrun shares out one run over devices; start a sweep, -m, without it")
     _refuse_folders(arguments)
+    check_files(arguments)
     sys.argv[1:] = with_own_hydra(arguments)
     if sweep:
         sys.argv[1:] = spelled_as_in_files(sys.argv[1:])

@@ -61,11 +61,14 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
         return None
     config = _settings(folder / "config.yaml")
     there = {"config": config, "processes": result.get("processes"), "data": result.get("data")}
+    there["start"] = result.get("start")
     expect_same_run(there, here, folder)
     note = ""
     if unseen or not result.get("data"):
         root = config["data"]["root"] or "the built-in streets"
         note = f"; trained on {root}, not looked at now" + f" ({unseen})" * bool(unseen)
+    if result["state"] == "finished" and result["epochs"] > epochs:
+        note += f"; epochs={epochs} has an end of its own only in another place: {ELSEWHERE}"
     log.info(f"{result_line(folder, result)} (nothing left to do{note})")
     tell("skipped", result["epochs"], epochs, result, f"already {result['state']}")
     return result

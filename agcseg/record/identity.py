@@ -20,6 +20,21 @@ FREE = {
 }  # fmt: skip
 CHOSEN = {"augment.name", "schedule", "optimizer", "ema"}  # in the name, though a file says them
 IN_NAME = {"network.name", "norm.name", "minibatch", "lr.base", "lr.value", "seed"}  # of every folder
+NEEDED = {  # without which a setting has no effect: a key and its values
+    "lr.power": ("schedule", {"poly"}),
+    "lr.step_epochs": ("schedule", {"step"}),
+    "lr.step_factor": ("schedule", {"step"}),
+    "gems.limit": ("gems.mode", {"minibatch", "map", "sample"}),
+    "gems.ema": ("gems.mode", {"minibatch", "map", "sample"}),
+    "gems.gate": ("gems.mode", {"minibatch", "map", "sample"}),
+    "norm.options.window": ("norm.options.background", {"window"}),
+    "norm.options.quantile": ("norm.options.background", {"trimmed"}),
+    "norm.options.median_gradient": ("norm.options.background", {"median"}),
+    "data.streets.train": ("data.name", {"streets"}),
+    "data.streets.val": ("data.name", {"streets"}),
+    "data.streets.size": ("data.name", {"streets"}),
+    "data.streets.seed": ("data.name", {"streets"}),
+}
 LONGEST = 150  # bytes of a folder's name; file systems take 255
 
 
@@ -62,7 +77,24 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
         found["init_from"] = str(place.parent if place.name == "last.pt" else place)
     if found["norm.name"] in ("bn", "mean_only") and not found["sync_bn"]:
         found["images per process"] = found["minibatch"] // processes
-    return {key: value for key, value in found.items() if key not in FREE}
+    left_out = FREE | _idle(found)
+    return {key: value for key, value in found.items() if key not in left_out}
+
+
+def without_effect(settings: dict) -> list[str]:
+    """What was set although the rest of the settings leaves it no effect: "KEY=VALUE, of KEY=VALUE alone"."""
+    found = complete(settings)
+    usual = complete({"norm": {"name": found["norm.name"]}})
+    lines = []
+    for key in sorted(_idle(found)):
+        needed, values = NEEDED[key]
+        if key in found and found[key] != usual.get(key, found[key]):
+            lines.append(f"{key}={found[key]}, of {needed}={' or '.join(sorted(values))} alone")
+    return lines
+
+
+def _idle(found: dict[str, Any]) -> set[str]:
+    return {key for key, (needed, values) in NEEDED.items() if needed in found and found[needed] not in values}
 
 
 def differences(there: dict, here: dict) -> list[str]:
@@ -71,8 +103,8 @@ def differences(there: dict, here: dict) -> list[str]:
 
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
-            they are used, and the names of the "classes"; "histogram", labelled pixels of each class in training. What
-            one of them lacks, being older, is not compared.
+            they are used, and the names of the "classes"; "histogram", labelled pixels of each class in training;
+            "start", a digest of what `init_from` names. What one of them lacks, being older, is not compared.
     """
     # Where it is not known how many processes there were, it is taken to be as many.
     old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
@@ -86,6 +118,8 @@ def differences(there: dict, here: dict) -> list[str]:
     for its, mine in ((old, new), (there.get("histogram"), here.get("histogram"))):
         if not lines and its and mine and its != mine:
             lines = ["the images or their labels are others"]
+    if not lines and there.get("start") and here.get("start") and there["start"] != here["start"]:
+        lines = [f"init_from: {here['config']['init_from']} holds other weights now"]
     return lines
 
 
@@ -100,8 +134,10 @@ def folder_name(config: Config, usual: Config) -> str:
     """
     name = f"{config.network.name}-{config.norm.name}-mb{config.minibatch}-lr{rate(config):g}-seed{config.seed}"
     ordinary = complete(asdict(usual)) | {key: flat(asdict(Config()))[key] for key in CHOSEN}
-    for key, value in sorted(complete(asdict(config)).items()):
-        if key not in FREE | IN_NAME | {"epochs"} and value != ordinary.get(key):
+    settings = complete(asdict(config))
+    left_out = FREE | IN_NAME | _idle(settings) | {"epochs"}
+    for key, value in sorted(settings.items()):
+        if key not in left_out and value != ordinary.get(key):
             name += f"-{key}={_short(value)}"
     whole = os.fsencode(name)
     if len(whole) <= LONGEST:

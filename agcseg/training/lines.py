@@ -3,10 +3,12 @@
 import logging
 import math
 import sys
+from dataclasses import asdict
 
 from tqdm import tqdm
 
 from agcseg.config import Config, momentum, rate
+from agcseg.record.identity import without_effect
 from agcseg.training import parallel
 from agcseg.training.machine import device_name
 from agcseg.training.state import State
@@ -71,6 +73,8 @@ def introduction(config: Config, folder, state: State, data, device) -> str:
     ]
     if parallel.world() > 1:
         lines.append(_sharing(config))
+    if idle := without_effect(asdict(config)):
+        lines.append(f"without effect: {'; '.join(idle)}")
     return "\n  ".join(lines)
 
 

@@ -30,7 +30,7 @@ from agcseg.record.identity import differences
 from agcseg.record.pictures import picture
 from agcseg.record.record import Record
 from agcseg.record.tables import lambdas_of, layer_rows
-from agcseg.trained import start_from
+from agcseg.trained import digest_of_start, start_from
 from agcseg.training import parallel
 from agcseg.training.dataset import Data, on_device, open_wanted
 from agcseg.training.lines import Bar, divergence, introduction
@@ -95,6 +95,7 @@ def run(config: Config, folder: Path) -> dict:
             f"minibatch={config.minibatch} cannot be shared by {processes} processes in {config.accumulate} parts each"
         )
     me = {"config": asdict(config), "processes": processes}
+    me["start"] = digest_of_start(config.init_from) if config.init_from else ""
     try:
         opened, unseen = open_wanted(config), ""
         me["data"] = opened.digests
@@ -359,6 +360,7 @@ def _result(state: State, data: Data, about: dict, device: torch.device, reason:
         "device": device_name(device),
         "processes": about["processes"],
         "data": about["data"],
+        "start": about["start"],
         "torch": torch.__version__,
     }
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -557,4 +556,4 @@ def test_a_run_from_weights_that_changed_is_another(runs, tiny, tmp_path):
     torch.save(saved, source / "last.pt")
     for epochs in (1, 2):
         with pytest.raises(UserError, match=f"init_from: {source} holds other weights now"):
-            run(replace(config, epochs=epochs), tmp_path / "run")
+            run(dataclasses.replace(config, epochs=epochs), tmp_path / "run")

@@ -309,6 +309,17 @@ def test_levels_of_both_networks(tmp_path):
             assert run.layers is None
 
 
+def test_depth_is_judged_of_networks_whose_names_tell_it(tmp_path):
+    """In fcn_resnet50's "backbone.layer3.5" the number is that of a block."""
+    make_figure1(tmp_path, runs=(AGC, AGC._replace(network="fcn_resnet50")), seeds=(1, 2), noise=0.01)
+    (answer,) = (one for one in verdicts(cells(read_runs(tmp_path))[0], figure1=False) if one.number == 6)
+    ours, theirs = ([part for part in answer.parts if part.what.startswith(of)] for of in ("SegNet", "fcn_resnet50"))
+    assert [part.verdict for part in ours] == [YES] * 4
+    assert [part.verdict for part in theirs] == [YES] + [OPEN] * 3 and theirs[0].known and answer.verdict == OPEN
+    for part in theirs[1:]:
+        assert part.answer == OPEN and part.measured.startswith("needs SegNet or ClassNet: ")
+
+
 @pytest.mark.parametrize(
     ("interval", "band", "expected"),
     [

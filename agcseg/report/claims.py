@@ -16,6 +16,7 @@ import pandas as pd
 
 from agcseg.errors import UserError
 from agcseg.figure1 import SCALED, Setting
+from agcseg.networks import NETWORKS
 from agcseg.report import compare
 from agcseg.report.compare import Cells, Estimate, Seeds, missing, over_seeds, reached
 from agcseg.report.read import NAMES, Run
@@ -207,6 +208,8 @@ def _lambdas(what: str, seeds: Seeds) -> Estimate:
     if lacking or not runs:
         return missing(f"needs layers.csv of {', '.join(lacking)}" if runs else "every run diverged")
     found = pd.DataFrame([lambdas(run) for run in runs])
+    if what not in found:
+        return missing("needs SegNet or ClassNet: the names of other networks' layers do not tell how deep they lie")
     if found[what].isna().any():
         return missing("there is no such layer")
     last, planned = sorted({run.last_epoch for run in runs}), runs[0].epochs
@@ -315,8 +318,8 @@ def spikes_per_epoch(run: Run, epoch: int) -> np.ndarray:
 
 
 def levels(run: Run) -> np.ndarray:
-    """How often the maps of each layer with a λ were halved. SegNet's decoder counts its stages from the smallest maps,
-    all others from the largest."""
+    """How often the maps of each layer of SegNet or ClassNet with a λ were halved. SegNet's decoder counts its stages
+    from the smallest maps, all others from the largest."""
     names, roles = zip(*run.lambda_means.columns, strict=True)
     stages = np.array([next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names])
     roles = np.array(roles)
@@ -329,20 +332,26 @@ def lambdas(run: Run) -> dict[str, float]:
     """What claim 6 is about, of the last epoch.
 
     Returns:
-        "inside": share of all filters with λ in [0, 2]; "deepest": mean over the layers on the smallest maps; "last":
-        over those before the classes, which are the decoder's at full resolution and the head where it has a norm, nan
-        if there are none; "correlation" of a layer's mean with its level, 0 where all are the same; "moved": how far
-        the 5 % or the 95 % quantile went from its start, in the median layer, nan if that is unknown.
+        "inside": share of all filters with λ in [0, 2]; "moved": how far the 5 % or the 95 % quantile went from its
+        start, in the median layer, nan if that is unknown. Of SegNet and ClassNet also "deepest": mean over the layers
+        on the smallest maps; "last": over those before the classes, which are the decoder's at full resolution and the
+        head where it has a norm, nan if there are none; "correlation" of a layer's mean with its level, 0 where all are
+        the same.
     """
-    end, level = run.layers.iloc[-1], levels(run)
+    end = run.layers.iloc[-1]
     means, away = end["lambda_mean"], (end - run.layers.iloc[0]).abs()
-    classes = (level == 0) & means.index.isin(("decoder", "head"), level="role")
-    return {
+    found = {
         "inside": np.average(end["lambda_inside"], weights=end["num_features"]),
+        "moved": np.maximum(away["lambda_q05"], away["lambda_q95"]).median() if run.layers.index[0] == 0 else math.nan,
+    }
+    if run.network not in NETWORKS:  # a number in a layer's name may be that of a block
+        return found
+    level = levels(run)
+    classes = (level == 0) & means.index.isin(("decoder", "head"), level="role")
+    return found | {
         "deepest": means[level == level.max()].mean(),
         "last": means[classes].mean(),
         "correlation": np.corrcoef(level, means)[0, 1] if means.std(ddof=0) > 0 < level.std() else 0.0,
-        "moved": np.maximum(away["lambda_q05"], away["lambda_q95"]).median() if run.layers.index[0] == 0 else math.nan,
     }
 
 

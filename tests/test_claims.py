@@ -309,6 +309,28 @@ def test_levels_of_both_networks(tmp_path):
             assert run.layers is None
 
 
+@pytest.mark.parametrize(
+    ("runs", "change", "says"),
+    [
+        ("segnet-agc-*", ("minibatch:", "graph: true\nminibatch:"), "the runs differ in graph: False, True"),
+        (
+            "segnet-agc-*-seed2",
+            ("{name: segnet,", "{options: {recompute: 0.0}, name: segnet,"),
+            "the runs differ in network.options.recompute of segnet: 0.0, 0.001",
+        ),
+        ("segnet-bn-*", ("{name: segnet,", "{options: {recompute: 0.0}, name: segnet,"), None),  # only AGC does so
+        ("segnet-agc-*", ("{name: segnet,", "{options: {recompute: 0.0}, name: segnet,"), None),
+    ],
+)
+def test_time_and_memory_of_other_ways_to_compute_are_not_compared(tmp_path, runs, change, says):
+    make_figure1(tmp_path / "figure1", runs=FAST, seeds=(1, 2), epochs=12)
+    for path in tmp_path.glob(f"figure1/{runs}/config.yaml"):
+        path.write_text(path.read_text().replace(*change))
+    parts = verdicts(cells(read_runs(tmp_path / "figure1"))[0])[6].parts
+    assert [part.known for part in parts] == [says is None] * len(parts)
+    assert says is None or {part.measured for part in parts} == {says}
+
+
 def test_depth_is_judged_of_networks_whose_names_tell_it(tmp_path):
     """In fcn_resnet50's "backbone.layer3.5" the number is that of a block."""
     make_figure1(tmp_path, runs=(AGC, AGC._replace(network="fcn_resnet50")), seeds=(1, 2), noise=0.01)

@@ -235,6 +235,19 @@ def test_speed_and_memory_are_compared_where_they_can_be(tmp_path):
     assert "differ in device" in costs_compared(by_setting(read_runs(tmp_path / "a"))[0])[2]
 
 
+def test_speed_and_memory_of_other_ways_to_compute_are_not_compared(tmp_path):
+    make_sweep(tmp_path / "networks", [{}, {"network.name": "classnet"}], epochs=6)  # each with its own `recompute`
+    assert {"img/s", "MiB"} <= table(tmp_path / "networks")["SegNet"].keys()
+    more = {"norm.options.mean_scale": 0.0, "network.options": {"recompute": 0.0}}
+    for name, changes, what in (
+        ("graphs", {"norm.options.mean_scale": 0.0, "graph": True}, "differ in graph: False, True"),
+        ("recomputed", more, "differ in network.options.recompute of segnet: 0.0, 0.001"),
+    ):
+        make_sweep(tmp_path / name, [{}, changes], epochs=6)
+        assert not {"img/s", "MiB"} & [*table(tmp_path / name).values()][0].keys()
+        assert what in costs_compared(by_setting(read_runs(tmp_path / name))[0])[2]
+
+
 def test_colours_stay_with_their_settings():
     names = [NAMES.get(norm, norm) for norm in NORMS]
     all_norms = setting_styles(names)

@@ -283,15 +283,22 @@ def by_error(groups: Settings) -> list[str]:
 
 
 def unlike(runs: list[Run]) -> str:
-    """Why times and memory of runs cannot be compared, or empty. AGC runs must have one implementation."""
+    """Why times and memory of runs cannot be compared, or empty.
+
+    Runs of AGC must have one implementation, and those of one network compute the same share again in backward.
+    """
     unknown = [run.name for run in runs if not run.device]
     if unknown:
         return f"needs the name of the device in result.json of {', '.join(unknown)}"
+    fast, recompute = [run for run in runs if run.norm in ("agc", "center")], "network.options.recompute"
+    computed = ("channels_last", "compile", "graph", "deterministic")
     compared: dict[str, set] = {
         "device": {run.device for run in runs},
-        **{key: {run.settings.get(key) for run in runs} for key in ("channels_last", "compile", "deterministic")},
+        **{key: {run.settings.get(key) for run in runs} for key in computed},
         "network.implementation": {run.settings.get("network.implementation") for run in runs if run.norm == "agc"},
     }
+    for run in fast:
+        compared.setdefault(f"{recompute} of {run.network}", set()).add(run.settings.get(recompute))
     for what, values in compared.items():
         if len(values) > 1:
             return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"

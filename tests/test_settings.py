@@ -187,6 +187,18 @@ def test_table_has_the_hand_computed_values(tmp_path):
     assert pairs["GEMS sample"]["error, points"] == "-10.0" and pairs["GEMS sample"]["loss"] == "-0.200"
 
 
+def test_the_best_is_of_runs_on_the_same_images(tmp_path):
+    make_sweep(
+        tmp_path, [{"norm.name": norm, "data.root": root} for root in "ab" for norm in ("agc", "bn")], seeds=(1,)
+    )
+    for run in tmp_path.iterdir():
+        result = json.loads((run / "result.json").read_text())
+        result["data"] = {"train": "ab" if run.name < "run02" else "cd"}
+        (run / "result.json").write_text(json.dumps(result))
+    rows = table(tmp_path)
+    assert [row["error, %"] for row in rows.values()] == ["**30.0**", "31.0", "**32.0**", "33.0"]
+
+
 def test_columns_of_one_name_lose_nothing(tmp_path):
     settings = [{"norm.options.mean_scale": scale} for scale in (0, 1)]
     settings += [{"norm.name": "center", "norm.options": {"mean_scale": scale}} for scale in (0.0, 1.0)]

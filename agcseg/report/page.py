@@ -179,7 +179,9 @@ def settings_table(groups: Settings) -> pd.DataFrame:
     for heading, (*_, digits, best) in MEASURES.items():
         texts, means = _spreads(values[heading], names, digits), values[heading].groupby("setting").mean()
         means = means.reindex(names).round(digits)
-        tops = means == means.groupby([f"{first[name].network} {first[name].data}" for name in names]).transform(best)
+        tops = means == means.groupby(
+            [first[name].words["network"] + first[name].words["data"] for name in names]
+        ).transform(best)
         table[heading] = [f"**{t}**" if top and len(names) > 1 else t for t, top in zip(texts, tops, strict=True)]
     speed, memory, _ = costs_compared(groups)
     used = partial(compare.memory, of=_memory_of(groups))

@@ -278,7 +278,8 @@ def test_runs_that_learnt_nothing_are_named(tmp_path):
 def test_program_help_and_imports(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
-    assert stop.value.code == 0 and "agcseg-report outputs/demo" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "agcseg-report outputs/demo" in out and "\nexamples:\n" in out
     check = (
         "import agcseg.report, sys; print([m for m in ('hydra', 'matplotlib.pyplot') if m in sys.modules]); "
         "import agcseg.cli.train; print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"  # slow ones
@@ -478,6 +479,35 @@ def test_several_folders(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(make_run(tmp_path / f"{i:0200}", "bn", [0.5]).parent) for i in range(2)])
     assert "2 folders: say where their report goes, with --out FOLDER" in capsys.readouterr().err
+
+
+def test_a_run_made_twice_in_one_folder_is_no_twin_of_folders(tmp_path):
+    for name in ("run", "run-2"):
+        make_run(tmp_path / "bn", name, [0.5, 0.4])
+    make_run(tmp_path / "agc", "run", [0.5, 0.3], "agc")
+    groups, notes = by_setting(read_runs(tmp_path / "bn", tmp_path / "agc"))
+    assert [*groups] == ["BN", "AGC"] and notes == [
+        "not compared, since bn/run has the same settings and seed: bn/run-2"
+    ]
+
+
+def test_of_several_folders_one_without_runs_is_noted(tmp_path, capsys):
+    make_run(tmp_path / "a", "bn", [0.5, 0.4])
+    make_run(tmp_path / "b", "agc", [0.5, 0.3], "agc")
+    for _ in range(2):  # what the first report is written into has no runs
+        assert main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+        out = capsys.readouterr().out
+    assert f"note: no run to report in {tmp_path / 'a+b'}: looked for " in out and "2 finished" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a+b", "b"]
+    (tmp_path / "c").mkdir()
+    assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0 and (tmp_path / "a/report.md").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "a+b"), str(tmp_path / "c")])
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.count("no run to report") == 2 and "experiment=demo" in err
+    with pytest.raises(UserError, match="single run: give its parent"):
+        read_runs(tmp_path / "a/bn", tmp_path / "c")
 
 
 def test_what_runs_were_made_with(tmp_path):

@@ -12,14 +12,14 @@ from agcseg.errors import UserError
 from agcseg.report import MARGIN, read_folders, write_report
 
 EPILOG = """\
-example:
+examples:
   agcseg-train -m experiment=demo      make a few runs in outputs/demo
   agcseg-report outputs/demo           compare them
   agcseg-report outputs/a outputs/b    compare the runs of two folders; written into outputs/a+b
 
 A run is a subfolder with config.yaml and metrics.csv. Runs may still be going on: report again whenever you like. Runs
 of several folders are compared like those of one; where two folders hold the same run, their settings are told apart by
-the folder.
+the folder. A folder without runs among them is noted, and has no part in the name of what is written.
 
 written into FOLDER:
   report.html      everything below in one file that can be sent by itself: what was reached, in words, curves and a
@@ -64,11 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: FOLDER itself; of several: A+B)")
     arguments = parser.parse_args(argv)
     folders = [*{Path(folder).resolve(): Path(folder) for folder in reversed(arguments.folders)}.values()][::-1]
-    joined = folders[0].resolve().parent / "+".join(folder.resolve().name for folder in folders)
-    out = Path(arguments.out) if arguments.out else folders[0] if len(folders) == 1 else joined
-    if len(os.fsencode(out.name)) > 255:  # what file systems take
-        raise UserError(f"{len(folders)} folders: say where their report goes, with --out FOLDER")
     runs, broken, notes = read_folders(*folders)
+    full = [folder for folder in folders if any(run.path.parent == folder for run in runs)]
+    joined = full[0].resolve().parent / "+".join(folder.resolve().name for folder in full)
+    out = Path(arguments.out) if arguments.out else full[0] if len(full) == 1 else joined
+    if len(os.fsencode(out.name)) > 255:  # what file systems take
+        raise UserError(f"{len(full)} folders: say where their report goes, with --out FOLDER")
     paths, page = write_report(out, (runs, broken, notes), arguments.margin, arguments.reference)
 
     states = Counter(run.state for run in runs)
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"agcseg-report: broken: {line}", file=sys.stderr)
     for path in paths:
         show(f"wrote {path}")
-    show(f"tensorboard --logdir {shlex.quote(str(folders[0]))}")
+    show(f"tensorboard --logdir {shlex.quote(str(full[0]))}")
     return 1 if broken else 0
 
 

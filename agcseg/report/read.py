@@ -24,6 +24,7 @@ NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", 
          "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC", "none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}  # fmt: skip
+ADVICE = "make runs with: agcseg-train -m experiment=demo"
 NEEDED = ("network.name", "norm.name", "data.name", "data.size", "minibatch", "epochs")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
@@ -102,26 +103,37 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
 
     They are ordered by network, normalisation, minibatch, rate and seed. A run whose configuration, metrics or result
     is broken is left out; one whose other files are broken is reported without them. Runs of several folders have their
-    folder in their name; where two folders hold the same run, the folder is one of the settings that differ.
+    folder in their name; where two folders hold the same run, the folder is one of the settings that differ. Of several
+    folders, one without runs has a line too.
 
     Raises:
-        UserError: a folder is missing or holds no run that can be read.
+        UserError: a folder is missing, or none holds a run that can be read.
     """
     runs: list[Run] = []
     broken: list[str] = []
     notes: list[str] = []
+    empty, advice = [], ADVICE
     names = [Path(folder).resolve().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):
-        for run in _read_folder(Path(folder), broken, notes):
-            if len(folders) > 1:
-                run.name = f"{name if names.count(name) < 2 else folder}/{run.name}"
-            runs.append(run)
-    if len(folders) > 1 and len({(*run.words.items(), run.seed) for run in runs}) < len(runs):
+        found = _read_folder(Path(folder), broken, notes)
+        if not found:
+            empty.append(f"no run to report in {folder}: looked for {Path(folder) / 'RUN'}/config.yaml and metrics.csv")
+        if (Path(folder) / "metrics.csv").is_file():
+            advice = "this is a single run: give its parent folder"
+        for run in found if len(folders) > 1 else ():
+            run.name = f"{name if names.count(name) < 2 else folder}/{run.name}"
+        runs += found
+    if not runs:
+        raise UserError("; ".join([*empty, *broken, *notes, advice]))
+    _tell_data_apart(runs)
+    places: dict[tuple, set[Path]] = {}
+    for run in runs:
+        places.setdefault((*run.words.items(), run.seed), set()).add(run.path.parent)
+    if any(len(its) > 1 for its in places.values()):
         for run in runs:
             run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
-    _tell_data_apart(runs)
     runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
-    return runs, broken, notes
+    return runs, broken, empty + notes
 
 
 def _tell_data_apart(runs: list[Run]) -> None:
@@ -139,10 +151,9 @@ def _tell_data_apart(runs: list[Run]) -> None:
 
 
 def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:
-    advice = "make runs with: agcseg-train -m experiment=demo"
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; expected a folder of runs, such as outputs/demo; {advice}")
-    runs, already = [], len(broken) + len(notes)
+        raise UserError(f"no folder {folder}; expected a folder of runs, such as outputs/demo; {ADVICE}")
+    runs = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
         try:
@@ -154,10 +165,6 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
                 notes.append(f"{path.name} is left out: it has no {missing[0]} (perhaps it has just begun)")
         except UserError as error:
             broken.append(str(error))
-    if not runs:
-        advice = "this is a single run: give its parent folder" if (folder / "metrics.csv").is_file() else advice
-        found = f"no run to report in {folder}: looked for {folder / 'RUN'}/config.yaml and metrics.csv"
-        raise UserError("; ".join([found, *[*broken, *notes][already:], advice]))
     return runs
 
 

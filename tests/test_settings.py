@@ -144,6 +144,32 @@ def test_runs_on_other_images_are_not_compared(tmp_path):
     assert {*by_setting(read_runs(tmp_path))[0]} == {*names, "AGC, CamVid of /elsewhere (ab2345)"}
 
 
+def test_of_unfinished_runs_the_root_of_the_data_tells_what_they_see(tmp_path):
+    roots = ["/a", "/b", "/c", "/d"]
+    make_sweep(tmp_path, [{"data.root": root} for root in roots[:2]], epochs=2, seeds=(1,))
+    for number, run in enumerate(sorted(tmp_path.iterdir())):
+        result = json.loads((run / "result.json").read_text()) | {"data": {"train": f"{number}2345678"}}
+        (run / "result.json").write_text(json.dumps(result | {"processes": 2}))
+    for root in roots:
+        make_run(tmp_path / f"late{root[1:]}", {"data.root": root}, 2, 2, 30, reached=1)
+    make_run(tmp_path / "changed", {"data.root": "/d"}, 3, 2, 30)
+    make_run(tmp_path / "again", {"data.root": "/d"}, 4, 2, 30)
+    for name in ("changed", "again"):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        (tmp_path / name / "result.json").write_text(json.dumps(result | {"data": {"train": f"{name}s"}}))
+    groups, notes = by_setting(read_runs(tmp_path))
+    assert not notes and {name: [*seeds] for name, seeds in groups.items()} == {
+        "CamVid of /d (change), 1 processes": [3], "CamVid of /d (agains), 1 processes": [4],
+        "CamVid of /a (023456), 2 processes": [1, 2], "CamVid of /b (123456), 2 processes": [1, 2],
+        "CamVid of /c, 1 processes": [2], "CamVid of /d, 1 processes": [2],
+    }  # fmt: skip
+
+
+def test_unfinished_runs_at_one_root_see_the_same(tmp_path):
+    make_sweep(tmp_path / "a", [{"data.root": "/a"}], epochs=2, reached=1)
+    assert [*by_setting(read_runs(tmp_path / "a"))[0]] == ["AGC"]
+
+
 def test_what_the_paper_varies_is_no_experiment_of_settings(tmp_path):
     make_figure1(tmp_path / "figure1", seeds=(1, 2), epochs=2)
     make_figure1(tmp_path / "pair", seeds=(1, 2), runs=RUNS[:7], epochs=2, name="pair")

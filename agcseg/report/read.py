@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +127,7 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     if not runs:
         raise UserError("; ".join([*empty, *broken, *notes, advice]))
     _tell_data_apart(runs)
+    _take_processes(runs)
     places: dict[tuple, set[Path]] = {}
     for run in runs:
         places.setdefault((*run.words.items(), run.seed), set()).add(run.path.parent)
@@ -137,17 +139,50 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
 
 
 def _tell_data_apart(runs: list[Run]) -> None:
-    """Where data lie is no setting; but runs that saw other images are not the same, though they call them the same."""
-    seen: dict[tuple, dict[tuple, list[Run]]] = {}
+    """Where data lie is no setting; but runs that saw other images are not the same, though they call them the same.
+
+    An unfinished run has not recorded what it saw: it is taken to be what others saw at the same place.
+    """
+    alike: dict[str, list[Run]] = {}
     for run in runs:
         asked = [(key, value) for key, value in run.settings.items() if key.startswith("data.") and key not in FREE]
-        if run.digests:
-            seen.setdefault((run.network, repr(asked)), {}).setdefault(run.digests, []).append(run)
-    for others in seen.values():
-        for digests, its in others.items() if len(others) > 1 else ():
-            for run in its:
-                place = run.settings.get("data.root") or "the cache"
-                run.words["data"] += f" of {place} ({digests[0][:6]})"
+        if run.digests or run.state == "unfinished":
+            alike.setdefault(repr((run.network, asked)), []).append(run)
+    for its in alike.values():
+        there: dict[str, set[tuple[str, ...]]] = {}
+        for run in its:
+            there.setdefault(_place(run), set()).update([run.digests] if run.digests else [])
+        seen: dict[tuple[str, ...], list[Run]] = {}
+        for run in its:
+            others = there[_place(run)]
+            theirs = min(others) if len(others) == 1 else ("", _place(run))  # not known, but other than elsewhere
+            seen.setdefault(run.digests or theirs, []).append(run)
+        for digests, same in seen.items() if len(seen) > 1 else ():
+            place = same[0].settings.get("data.root") or "the cache"
+            for run in same:
+                run.words["data"] += f" of {place}" + f" ({digests[0][:6]})" * bool(digests[0])
+
+
+def _place(run: Run) -> str:
+    """Where a run's data lie, however that is written."""
+    root = run.settings.get("data.root")
+    return os.path.realpath(os.path.expanduser(str(root))) if root else ""
+
+
+def _take_processes(runs: list[Run]) -> None:
+    """How many processes an unfinished run has is not recorded: it is taken to be as many as others like it had."""
+    said: dict[tuple, set[str]] = {}
+    for run in runs:
+        if run.state != "unfinished":
+            said.setdefault(_but_processes(run), set()).add(run.words["processes"])
+    for run in runs:
+        of_others = said.get(_but_processes(run), set())
+        if run.state == "unfinished" and len(of_others) == 1:
+            run.words["processes"] = min(of_others)
+
+
+def _but_processes(run: Run) -> tuple:
+    return tuple((key, text) for key, text in run.words.items() if key != "processes")
 
 
 def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:

@@ -109,6 +109,11 @@ def differences(folder, reference=None):
             ["from a/b", "from c/b", "from scratch"],
             "from scratch",
         ),
+        (  # of a path as much as tells it from the others
+            [{"init_from": f"outputs/{place}"} for place in ("a/run/best.pt", "c/run/best.pt", "a/run/last.pt")],
+            ["from a/run/best.pt", "from c/run/best.pt", "from outputs/a/run"],
+            "from a/run/best.pt",
+        ),
         ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
     ],
 )  # fmt: skip

@@ -128,6 +128,7 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
         raise UserError("; ".join([*empty, *broken, *notes, advice]))
     _tell_data_apart(runs)
     _take_processes(runs)
+    _shorten_weights(runs)
     places: dict[tuple, set[Path]] = {}
     for run in runs:
         places.setdefault((*run.words.items(), run.seed), set()).add(run.path.parent)
@@ -185,6 +186,18 @@ def _but_processes(run: Run) -> tuple:
     return tuple((key, text) for key, text in run.words.items() if key != "processes")
 
 
+def _shorten_weights(runs: list[Run]) -> None:
+    """Weights that runs began with are named by the end of their path: two parts, or as many as tell them apart."""
+    texts = {run.words["init_from"] for run in runs} - {"from scratch"}
+    parts = {text: Path(text.removeprefix("from ")).parts for text in texts}
+    length = 2
+    while len({path[-length:] for path in parts.values()}) < len(parts):
+        length += 1
+    for run in runs:
+        if run.words["init_from"] in parts:
+            run.words["init_from"] = f"from {'/'.join(parts[run.words['init_from']][-length:])}"
+
+
 def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; expected a folder of runs, such as outputs/demo; {ADVICE}")
@@ -206,7 +219,8 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
 def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     """What decides a run's outcome, seed apart, in words; several keys that are one thing, such as noise, are one.
 
-    The key of an option begins with the norm or network that it belongs to, such as "agc:λ".
+    The key of an option begins with the norm or network that it belongs to, such as "agc:λ". Weights to begin with are
+    named by their whole path.
     """
     rest: dict[str, Any] = {"seed": None, "images per process": None} | deciding(settings, processes)
     del rest["seed"], rest["images per process"]
@@ -225,7 +239,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     )
     mode, limit, ema, gate = (take(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
     details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
-    data, source = take("data.name"), "/".join(Path(str(weights).removesuffix("/last.pt")).parts[-2:])
+    data = take("data.name")
     words: dict[str, str] = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}
     if start is not None:
         words[f"{norm}:λ"] = ("λ {:g}" if norm == "center" else "λ from {:g}").format(start)
@@ -241,7 +255,7 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
         "rate": f"rate {take('rate'):.4g}",
         "noise": f"noise gain {gain:g} shift {shift:g}" if gain or shift else "no noise",
         "gems": f"GEMS {mode}{details}" if mode else "no GEMS",
-        "init_from": f"from {source}" if weights else "from scratch",
+        "init_from": f"from {weights}" if weights else "from scratch",
         "augment": "no augmentation" if augment == "none" else f"augmentation {augment}",
         "processes": f"{processes} processes",
     }

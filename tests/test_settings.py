@@ -114,6 +114,8 @@ def differences(folder, reference=None):
             ["from a/run/best.pt", "from c/run/best.pt", "from outputs/a/run"],
             "from a/run/best.pt",
         ),
+        ([{"data.train_images": None}, {}], ["all train images", "train images 2750"], "train images 2750"),
+        ([{"data.val_images": None}, {}], ["all val images", "val images 500"], "val images 500"),
         ([{}, {"class_weights": "none"}, {"data.flip": True}], None, "no flip, class weights enet"),
     ],
 )  # fmt: skip

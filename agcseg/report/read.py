@@ -263,7 +263,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
     for key, value in rest.items():
         group, _, word = key.replace("_", " ").rpartition(".")
         flag = value is None or isinstance(value, bool)
-        words[owners.get(group, "") + key] = "no " * (not value) + word if flag else f"{word} {value}"
+        none = "all " if key in ("data.train_images", "data.val_images") else "no "
+        words[owners.get(group, "") + key] = none * (not value) + word if flag else f"{word} {value}"
     return words
 
 

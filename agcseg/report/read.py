@@ -237,7 +237,8 @@ def describe(settings: dict[str, Any], processes: int = 1) -> dict[str, str]:
         take("init_from", None),
         take("augment.name"),
     )
-    mode, limit, ema, gate = (take(f"gems.{key}") for key in ("mode", "limit", "ema", "gate"))
+    mode, usual = take("gems.mode"), {"limit": 10, "ema": 0, "gate": "relu"}  # without a mode the others say nothing
+    limit, ema, gate = (take(f"gems.{key}", value) for key, value in usual.items())
     details = f" at most {limit:g}" * (limit != 10) + f" ema {ema:g}" * (ema != 0) + f" gate {gate}" * (gate != "relu")
     data = take("data.name")
     words: dict[str, str] = {"network": NAMES.get(network, network), "norm": NAMES.get(norm, norm)}

@@ -75,6 +75,11 @@ def agc_unit(
         own indices. Either serves as `unpool`. With `sum_up` the sums of the maps too, last, each in some parts, (N,
         parts, K); None where they would save no time: everywhere but on a GPU, for one input, filters of 3x3 and a
         large output, not under a compiler.
+
+    Raises:
+        ValueError: maps are not (N, C, H, W) of real numbers, filters, vectors or winners do not fit them, or a side to
+            be pooled is odd.
+        RuntimeError: in a backward with create_graph=True.
     """
     inputs = tuple(input) if isinstance(input, (tuple, list)) else (input,)
     if has_torch_function(inputs):
@@ -308,6 +313,7 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
 
     Raises:
         ValueError: as `agc`.
+        RuntimeError: in a backward with create_graph=True, where maps are large.
     """
     if torch.jit.is_scripting():
         return F.relu(agc(input, weight, bias, mean_scale))

@@ -222,8 +222,9 @@ def test_one_tie_in_the_deepest_maps_is_no_difference(monkeypatch, wrong, left):
         (["formt=torch"], "did you mean format?"),
     ],
 )
-def test_mistakes(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: trained())
+def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
+    one = trained()._replace(path=tmp_path / "last.pt")
+    monkeypatch.setattr(program.agcseg, "load", lambda run, checkpoint: one)
     with pytest.raises(SystemExit) as ended:
         program.main(["RUN", *arguments])
     assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -556,5 +556,11 @@ def test_a_record_makes_the_same_report_again(tmp_path):
     assert {path.name for path in (tmp_path / "some").iterdir()} == {run.name for run in again.glob("*-seed2*")}
     for run in (tmp_path / "some").iterdir():
         assert all(path.read_bytes() == (again / run.name / path.name).read_bytes() for path in run.iterdir())
+    about |= {"command": "/opt/lib/agcseg/cli/train.py norm=bn", "system": "Linux-6.1-mine"}
+    for run in again.glob("*/"):
+        (run / "environment.json").write_text(json.dumps(about))
+    subprocess.run([sys.executable, ROOT / "scripts/record", again, tmp_path / "third"], check=True)
+    made_with = [run["environment"] for run in json.loads((tmp_path / "third/runs.json").read_text()).values()]
+    assert {(one["command"], one["system"]) for one in made_with} == {("agcseg-train norm=bn", "Linux")}
     none = subprocess.run([*some, "nothing-*"], capture_output=True, text=True)
     assert none.returncode == 1 and f"no run nothing-* in {record}" in none.stderr

@@ -188,6 +188,7 @@ def test_small_sizes_that_work(overrides):
         (["norm=group", "norm.options.groups=2.5"], "groups=2.5 must be like its default, "),
         (["norm=group", "norm.options.groups=0"], "norm 'group': groups=0 must be positive"),
         (["norm=bn", "norm.options.eps=-1"], "norm 'bn': eps=-1 must be positive"),
+        (["norm=ws", "network.options.head_norm=true"], "head_norm=true: ScaledWS2d acts on filters"),
         (["network.options.head_norm=off"], "network 'segnet': head_norm='off' must be true or false"),
         (["+network.options.in_channels=4"], "network.options.in_channels=4: images have 3 channels"),
         (["network.width=inf"], "network.width=inf: must be positive, and at most 100"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from agcseg.errors import UserError
 from agcseg.nn import AGC2d, ConvUnit
 from agcseg.nn.rebuild import Cost, can_rebuild, choose, rebuilding
 
@@ -34,7 +35,7 @@ class SegNet(nn.Module):
             under torch.compile.
 
     Raises:
-        UserError (a ValueError): `recompute` is not such a share.
+        UserError (a ValueError): `recompute` is not such a share, or `head_norm` is wanted of a norm that acts on filters.
         ValueError: in `forward`, when the image's height or width is not a multiple of 32.
     """
 
@@ -67,6 +68,10 @@ class SegNet(nn.Module):
             channels = mirrored[-1]
         self.head = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.head_norm = norm(num_classes) if head_norm and norm else nn.Identity()
+        if hasattr(self.head_norm, "standardise"):
+            raise UserError(
+                f"head_norm=true: {type(self.head_norm).__name__} acts on filters, and the classifier keeps its own"
+            )
         self.recompute = recompute
 
     recompute = property(attrgetter("_recompute"), lambda self, budget: self._choose(budget))

@@ -35,7 +35,7 @@ class SegNet(nn.Module):
             under torch.compile.
 
     Raises:
-        UserError (a ValueError): `recompute` is not such a share, or `head_norm` is wanted of a norm that acts on filters.
+        UserError (a ValueError): `recompute` is not such a share, or `head_norm` wants a norm that acts on filters.
         ValueError: in `forward`, when the image's height or width is not a multiple of 32.
     """
 

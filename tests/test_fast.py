@@ -595,3 +595,18 @@ def test_a_budget_is_a_share():
         build("segnet", width=0.1, recompute="much")
     with pytest.raises(UserError, match=r"recompute=0.5 must be a share"):
         build("classnet", width=0.1, recompute=0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 29, 32, 48])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_levels_are_added_alike_in_every_layout(channels, dtype, memory_format):
+    """Bit for bit: rows at a time or map by map, each of a minibatch its own."""
+    maps = torch.randn(3, channels, 5, 7).to(dtype).contiguous(memory_format=memory_format)
+    level = torch.randn(3, channels)
+    expected = maps + level.to(dtype)[:, :, None, None]
+    assert passes.add_levels(maps, level) is maps and torch.equal(maps, expected)
+    assert maps.is_contiguous(memory_format=memory_format)
+    view = torch.randn(3, channels, 5, 14).to(dtype)[..., ::2]
+    expected = view + level.to(dtype)[:, :, None, None]
+    assert torch.equal(passes.add_levels(view, level), expected)

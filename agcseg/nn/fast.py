@@ -212,7 +212,7 @@ class _Activate(torch.autograd.Function):
     def forward(ctx, z, bias, mean_scale):
         mean = z.mean((2, 3), dtype=statistics_dtype(z))
         level = torch.addcmul(bias, mean_scale, mean, value=-1)
-        output = z.add_(level.to(z.dtype)[:, :, None, None]).relu_()
+        output = passes.add_levels(z, level).relu_()
         ctx.mark_dirty(z)
         ctx.save_for_backward(output, mean, mean_scale)
         return output
@@ -224,7 +224,7 @@ class _Activate(torch.autograd.Function):
         g = torch.ops.aten.threshold_backward(grad, output, 0)
         s = g.sum((2, 3), dtype=mean.dtype)
         level = (mean_scale * s).div_(-g.shape[2] * g.shape[3])
-        return g.add_(level.to(g.dtype)[:, :, None, None]), s.sum(0), (mean * s).sum(0).neg_()
+        return passes.add_levels(g, level), s.sum(0), (mean * s).sum(0).neg_()
 
 
 class _Unit(torch.autograd.Function):

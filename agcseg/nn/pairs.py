@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
 from agcseg.nn.fast import agc_relu
 from agcseg.nn.hooks import has_hooks
-from agcseg.nn.passes import filter_gradients, sums
+from agcseg.nn.passes import add_levels, filter_gradients, sums
 from agcseg.nn.unit import Geometry, convolve, convolve_backward
 
 PLAIN = Geometry()
@@ -82,7 +82,7 @@ class _AGCConv2d(torch.autograd.Function):
         ctx.geometry, ctx.shape = geometry, input.shape[1:]
         kept = input if any(ctx.needs_input_grad[i] for i in (2, 3, 5)) else None
         ctx.save_for_backward(kept, filters, weight, bias, mean_scale, mean)
-        return z.add_((bias - mean_scale * mean)[:, :, None, None].to(z.dtype))
+        return add_levels(z, bias - mean_scale * mean)
 
     @staticmethod
     def backward(ctx, grad):

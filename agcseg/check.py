@@ -142,9 +142,9 @@ def _check_names(config: Config, expect: Callable) -> None:
     )
     named = config.network.name
     expect("/" not in named, f"network.name={named}: stands in the names of folders, and must not hold a slash")
-    for key in ("name", "run"):
-        value = getattr(config, key) or ""
-        expect(".." not in value.split("/") and not value.startswith("/"), f"{key}={value}: must stay inside outputs/")
+    name = config.name
+    expect(".." not in name.split("/") and not name.startswith("/"), f"name={name}: must stay inside outputs/")
+    for key, value in (("name", name), ("run", run)):
         shown = value.encode(errors="replace").decode()
         expect(value == shown, f"{key}={shown}: not in UTF-8; set LC_ALL=C.UTF-8")
 

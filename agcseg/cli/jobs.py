@@ -21,7 +21,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from agcseg import figure1
 from agcseg.cli import CONFIGS, to_object
@@ -75,7 +74,7 @@ def check_files(arguments: list[str]) -> None:
             try:
                 for _ in yaml.parse(path.read_text(encoding="utf-8")):
                     pass
-            except YAMLError as error:
+            except yaml.YAMLError as error:
                 line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
                 broken.append(f"{path}{line}: {getattr(error, 'problem', None) or error}")
             except UnicodeDecodeError:

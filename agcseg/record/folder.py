@@ -68,7 +68,7 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
         root = config["data"]["root"] or "the built-in streets"
         note = f"; trained on {root}, not looked at now" + f" ({unseen})" * bool(unseen)
     if result["state"] == "finished" and result["epochs"] > epochs:
-        note += f"; epochs={epochs} has an end of its own only in another place: {ELSEWHERE}"
+        note += f"; these are more than epochs={epochs}"
     log.info(f"{result_line(folder, result)} (nothing left to do{note})")
     tell("skipped", result["epochs"], epochs, result, f"already {result['state']}")
     return result

@@ -11,7 +11,7 @@ from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.config import Config, DataConfig, build_network
 from agcseg.data import LAYOUTS, NAMES
 from agcseg.data.folder import fault_of_pattern, read_classes
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import Network, kind
 from agcseg.networks.foreign import Foreign
@@ -271,12 +271,11 @@ def _try_foreign(config: Config) -> None:
     except ValueError as error:  # a UserError, or of a norm that one value is not enough for
         shown = f"{shape[0]} image(s) of {shape[2]}x{shape[3]} at once"
         raise UserError(f"network={config.network.name}, norm={config.norm.name}, {shown}: {error}") from None
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever somebody's forward does
         if "meta" in str(error).lower():  # it looks at values, which there are none of
             return
-        said = str(error).splitlines()[0]
         raise UserError(
-            f"network={config.network.name} cannot be fed images of {shape[2]}x{shape[3]} ({said})"
+            f"network={config.network.name} cannot be fed images of {shape[2]}x{shape[3]} ({first_line(error)})"
         ) from None
 
 

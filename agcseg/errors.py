@@ -28,6 +28,11 @@ class FileError(UserError):
         super().__init__(f"{path}: {cause}" + f" ({detail})" * bool(detail) + f"; {advice}" * bool(advice))
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; the name of its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def expanded(path: str | Path) -> Path:
     """A path as a user gave it, its ~ resolved.
 

@@ -15,7 +15,7 @@ from agcseg.config import Config, build_network
 from agcseg.data import LAYOUTS
 from agcseg.data.labels import IGNORE, Classes, some_color
 from agcseg.data.minibatches import MEAN, STD, normalise
-from agcseg.errors import UserError, expanded
+from agcseg.errors import UserError, expanded, first_line
 from agcseg.networks import Network
 from agcseg.record.checkpoint import load_checkpoint, weights_of
 from agcseg.training.machine import channels_last, settings
@@ -59,7 +59,7 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
     try:
         config = _config(saved)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: was written by another version of agcseg ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: was written by another version of agcseg ({first_line(error)})") from None
     classes = _classes(saved["classes"], config.data.name)
     if saved["normalisation"] != {"mean": list(MEAN), "std": list(STD)}:
         raise UserError(

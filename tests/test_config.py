@@ -270,6 +270,7 @@ def test_a_folder_comes_from_the_configuration():
     assert folder(*overrides).name == "segnet-bn-mb8-lr0.16-seed1-data.size=64x128-network.width=0.25"
     assert folder(*overrides) == folder(*overrides[::-1])
     assert folder("name=n", "run=r") == Path("outputs/n/r")
+    assert folder("augment=standard").name == "segnet-agc-mb4-lr0.08-seed1-augment.name=standard"
 
 
 @pytest.mark.parametrize(

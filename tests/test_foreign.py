@@ -43,6 +43,14 @@ MINE = '''
         def forward(self, images):
             maps = self.early(images)
             return {"out": self.head(self.late(maps + self.context(maps)).relu()), "aux": None}
+
+    class Square(Net):
+        def forward(self, images):
+            assert images.shape[2] == images.shape[3], "of squares only"
+
+    class Silent(Net):
+        def forward(self, images):
+            raise NotImplementedError
 '''
 ORDER = ("early.1", "context.2", "late")
 
@@ -113,8 +121,26 @@ def test_values_of_a_conversion(mine):
         inner.set_submodule(layer, agc)
     torch.testing.assert_close(network(images), plain(images))
     assert network.network.context[2].mean_scale.tolist() == [0] * 6  # maps of 1x1: λ = 1 would leave nothing
-    half = made(mine, norm_options={"mean_scale": 0.5})
-    assert half.network.context[2].mean_scale.tolist() == [0.5] * 6
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "λ", "said"),
+    [
+        ("agc", {}, 0, "context.2: maps of 1x1, whose mean is all there is: λ starts at 0 instead of 1"),
+        ("agc", {"mean_scale": 0.5}, 0.5, None),
+        (
+            "center",
+            {},
+            1,
+            "context.2: maps of 1x1, whose mean is all there is: with λ fixed at 1 only β is left of them",
+        ),
+    ],
+)
+def test_maps_of_one_pixel(mine, caplog, norm, options, λ, said):
+    with caplog.at_level("INFO"):
+        network = made(mine, norm, norm_options=options)
+    assert network.network.context[2].mean_scale.tolist() == [λ] * 6
+    assert said in caplog.text if said else "1x1" not in caplog.text
 
 
 def test_scale_and_shift_stay_with_another_norm():
@@ -131,6 +157,9 @@ def test_scale_and_shift_stay_with_another_norm():
 def test_options_of_bn(mine):
     network = made(mine, "bn", norm_options={"eps": 1e-3, "momentum": 0.1})
     assert network.network.late.eps == 1e-3 and network.network.late.momentum == 0.1
+    assert made(mine, "bn", norm_options={"momentum": None}).network.late.momentum is None
+    with pytest.raises(UserError, match="norm=bn: affine: of segnet and classnet only; here eps and momentum can be"):
+        made(mine, "bn", norm_options={"affine": False})
 
 
 def test_own_init_unless_given(mine):
@@ -204,6 +233,8 @@ def test_wrong_things_get_a_sentence(mine, tmp_path, options, message):
         (["network.factory=mynet:Other"], "mynet has no Other"),
         (["+network.options.width=3"], "network.options.width: agcseg.build has an argument of this name"),
         (["+network.options.depth=3"], "its factory takes no depth; it takes classes, channels"),
+        (["network.factory=mynet:Square"], "cannot be fed images of 96x128 (of squares only)"),
+        (["network.factory=mynet:Silent"], "cannot be fed images of 96x128 (NotImplementedError)"),
     ],
 )
 def test_a_configuration_that_cannot_work(mine, overrides, message):

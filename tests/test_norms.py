@@ -215,7 +215,9 @@ def test_initial_lambda(network, norm, mean_scale):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize(("norm", "options"), [("agc", {"mean_scale": "half"}), ("frn", {"eps": [1]})])
+@pytest.mark.parametrize(
+    ("norm", "options"), [("agc", {"mean_scale": "half"}), ("frn", {"eps": [1]}), ("mean_only", {"momentum": None})]
+)
 def test_options_of_the_wrong_kind(norm, options):
     (key,) = options
     with pytest.raises(agcseg.errors.UserError, match=f"norm '{norm}': {key}=.* must be like its default, "):

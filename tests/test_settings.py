@@ -291,6 +291,10 @@ def test_speed_and_memory_of_other_ways_to_compute_are_not_compared(tmp_path):
         make_sweep(tmp_path / name, [{}, changes], epochs=6)
         assert not {"img/s", "MiB"} & [*table(tmp_path / name).values()][0].keys()
         assert what in costs_compared(by_setting(read_runs(tmp_path / name))[0])[2]
+    center = {"norm.name": "center"}
+    make_sweep(tmp_path / "center", [center, {**center, "minibatch": 8, "network.implementation": "literal"}], epochs=6)
+    said = costs_compared(by_setting(read_runs(tmp_path / "center"))[0])[2]
+    assert "differ in network.implementation: fast, literal" in said
 
 
 def test_colours_stay_with_their_settings():

@@ -26,6 +26,7 @@ from agcseg.config import DataConfig
 from agcseg.data import open_data
 from agcseg.data.minibatches import minibatches, open_split
 from agcseg.data.streets import make_streets
+from agcseg.errors import first_line
 from agcseg.nn.unit import backward_work, forward_work
 from agcseg.training.machine import keeping, out_of_memory, peak_memory, reset_peak_memory, settings
 from agcseg.training.step import EAGER
@@ -247,10 +248,7 @@ def _wait(device: torch.device) -> None:
 
 
 def failure(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (
-        "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
-    )
+    return "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def serve(order: dict) -> None:

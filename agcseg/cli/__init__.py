@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from agcseg import __version__
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.record.identity import flat
 
 logging.raiseExceptions = False  # a closed pipe is no reason for a traceback per line
@@ -222,7 +222,7 @@ def to_object(cfg: DictConfig, schema: type):
     try:
         typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg)))
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        raise UserError(first_line(error)) from None
     for key, value in flat(asdict(typed)).items():
         if isinstance(value, str) and "${" in value:  # which whoever reads the run's config.yaml would take for one
             raise UserError(f"{key}={value}: '${{' begins a reference to another key, and can be no part of a text")

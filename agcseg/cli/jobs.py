@@ -40,7 +40,7 @@ OWN_HYDRA = {
     "hydra.run.dir": ".", "hydra.sweep.dir": "outputs/${name}", "hydra.sweep.subdir": ".",
     "hydra.output_subdir": "null", "hydra/job_logging": "plain", "hydra/launcher": "gpus",
 }  # fmt: skip
-GROUPS = ("network", "norm", "data", "experiment", "figure1")
+GROUPS = ("network", "norm", "data", "augment", "experiment", "figure1")
 
 
 def folder_of(
@@ -56,7 +56,7 @@ def folder_of(
         return Path("outputs") / config.name / config.run
     choices, places = _choices(overrides), tuple(places)
     if _is_plain(name, places):  # of no files but this one
-        choices = f"network={config.network.name}", f"norm={config.norm.name}", f"data={config.data.name}"
+        choices = tuple(f"{group}={getattr(config, group).name}" for group in ("network", "norm", "data", "augment"))
         name, places = "train", (CONFIGS,)
     return Path("outputs") / config.name / folder_name(config, to_object(_composed(choices, name, places), Config))
 
@@ -201,7 +201,7 @@ def _flags(arguments: list[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
 def _is_plain(name: str, places: tuple[str, ...]) -> bool:
     """Whether a primary configuration is made of itself alone."""
     for place in places:
-        path = Path(place, name).with_suffix(".yaml")
+        path = Path(place, name if name.endswith(".yaml") else f"{name}.yaml")
         if path.is_file():
             content = OmegaConf.load(path)
             return isinstance(content, DictConfig) and "defaults" not in content

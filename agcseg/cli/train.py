@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from agcseg.cli import CONFIGS, fail, hydra_arguments, program, sentence, to_object
 from agcseg.cli.jobs import check_files, check_sweep, folder_of, spelled_as_in_files, with_own_hydra
 from agcseg.config import Config
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.training import parallel
 from agcseg.training.machine import out_of_memory
 from agcseg.training.run import run
@@ -48,7 +48,7 @@ def _job(cfg) -> float | None:
     except (UserError, OSError) as mistake:
         error = UserError(sentence(mistake))
     except (RuntimeError, MemoryError) as full:
-        first = str(full).strip().partition("\n")[0]
+        first = first_line(full)
         if out_of_memory(full):
             error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
         elif type(full).__module__.startswith(("torch._dynamo", "torch._inductor")):

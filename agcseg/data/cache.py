@@ -19,7 +19,7 @@ from PIL import Image
 from agcseg.data.labels import IGNORE
 from agcseg.data.layout import Layout, Sample, load, mixed
 from agcseg.data.pictures import each
-from agcseg.errors import FileError, UserError, by_cause
+from agcseg.errors import FileError, UserError, by_cause, first_line
 
 VERSION = 4  # of what is written; a new number leaves old caches unused
 PATIENCE = 300.0  # seconds without a sign of life from the process that holds a lock
@@ -131,7 +131,7 @@ def _opened(folder: Path, samples: list[Sample], size: tuple[int, int]) -> "Cach
     except PermissionError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:  # NumPy and JSON have many
-        return str(error).splitlines()[0]
+        return first_line(error)
     n = len(samples)
     kinds = [("u1", (n, 3, *size)), ("u1", (n, *size)), ("u1", (n, *size))]
     if [(part.dtype, part.shape) for part in maps] != kinds or len(cached.digests) != n:

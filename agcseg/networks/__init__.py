@@ -134,7 +134,9 @@ def _check_norm_options(name: str, make: Callable | None, options: dict[str, Any
         return  # it has none
     for key, value in options.items():
         default = inspect.signature(make).parameters[key].default
-        if isinstance(default, bool) or not isinstance(default, int | float) or (key, value) == ("momentum", None):
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            continue
+        if make is nn.BatchNorm2d and key == "momentum" and value is None:  # the mean of all minibatches so far
             continue
         whole = isinstance(default, int)
         if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not math.isfinite(value):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.nn import NORMS, AGC2d, convert_batchnorm
-from agcseg.nn.norms import center
 
 TORCHVISION = (
     "fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large",
@@ -169,7 +168,7 @@ def _make(name: str, factory: str | Callable[..., nn.Module], arguments: dict[st
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -224,13 +223,18 @@ def _renorm(network: nn.Module, norm, options: dict[str, Any], fuse: bool, point
         raise UserError(f"norm={norm}: the network has no BatchNorm2d to replace; norm=bn leaves it as it is")
     told = [f"{len(replaced)} layers of batch normalisation are now {how}"]
     modules = dict(network.named_modules())
-    points = [name for name in replaced if name in points and isinstance(modules[name], AGC2d)]
-    for norm_at in (modules[name] for name in points):
-        if norm is not center and norm_at.initial_mean_scale == 1 and norm_at.mean_scale.requires_grad:
-            norm_at.initial_mean_scale = 0.0
-            nn.init.zeros_(norm_at.mean_scale)
-    if points:
-        told.append(f"{', '.join(points)}: maps of 1x1, whose mean is all there is: λ starts at 0 instead of 1")
+    of_points = [name for name in replaced if name in points and isinstance(modules[name], AGC2d)]
+    whole = [name for name in of_points if modules[name].initial_mean_scale == 1]  # of which nothing would be left
+    trained = [name for name in whole if modules[name].mean_scale.requires_grad]
+    for name in trained:
+        modules[name].initial_mean_scale = 0.0
+        nn.init.zeros_(modules[name].mean_scale)
+    for names, what in (
+        (trained, "λ starts at 0 instead of 1"),
+        ([name for name in whole if name not in trained], "with λ fixed at 1 only β is left of them"),
+    ):
+        if names:
+            told.append(f"{', '.join(names)}: maps of 1x1, whose mean is all there is: {what}")
     told += [f"{name}: {reason}" for name, reason in left.items() if reason.startswith("stays")]
     return "\n  ".join(told)
 
@@ -238,11 +242,14 @@ def _renorm(network: nn.Module, norm, options: dict[str, Any], fuse: bool, point
 def _set_batch_norm(network: nn.Module, options: dict[str, Any]) -> str:
     parameters = inspect.signature(nn.BatchNorm2d).parameters
     changed = {key: value for key, value in options.items() if value != parameters[key].default}
+    other = [key for key in changed if key not in ("eps", "momentum")]
+    if other:
+        raise UserError(f"norm=bn: {', '.join(other)}: of segnet and classnet only; here eps and momentum can be set")
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in norms:
         for key, value in changed.items():
             setattr(module, key, value)
-    with_what = "".join(f", {key} {value:g}" for key, value in changed.items())
+    with_what = "".join(f", {key} {value}" for key, value in changed.items())
     return f"{len(norms)} layers of batch normalisation as they are{with_what}"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from agcseg.errors import first_line
 from agcseg.nn.conv import ConvUnit
 
 
@@ -77,7 +78,7 @@ def _trace(part: nn.Module, layers: list[nn.Module], findings: Findings) -> str 
     try:
         hollow, error = _hollow(part), None
     except Exception as raised:  # whatever the parts of a network that cannot be copied raise
-        return _line(raised)
+        return first_line(raised)
     originals = dict(zip(hollow.modules(), part.modules(), strict=True))
     leaves = {module for module, original in originals.items() if original in layers or original in findings.errors}
     for mode in (True, False):
@@ -86,14 +87,10 @@ def _trace(part: nn.Module, layers: list[nn.Module], findings: Findings) -> str 
         try:
             graph = _Tracer(leaves).trace(hollow, _defaults(hollow))
         except Exception as raised:  # whatever a forward that cannot be traced raises
-            error = _line(raised)
+            error = first_line(raised)
             continue
         _read(graph, {name: originals[module] for name, module in hollow.named_modules()}, layers, findings)
     return error
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _hollow(part: nn.Module) -> nn.Module:

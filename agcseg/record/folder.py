@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agcseg.config import Config
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.record.files import remove_parts, tell
 from agcseg.record.identity import differences
 
@@ -96,8 +96,7 @@ def _settings(path: Path) -> Any:
             f"{path.parent}: holds a result.json but no config.yaml to tell what ran there; {ELSEWHERE}"
         ) from None
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a configuration ({why}); {ELSEWHERE}") from None
+        raise UserError(f"{path}: cannot be read as a configuration ({first_line(error)}); {ELSEWHERE}") from None
 
 
 def expect_checkpoint(folder: Path) -> None:

@@ -290,14 +290,14 @@ def unlike(runs: list[Run]) -> str:
     unknown = [run.name for run in runs if not run.device]
     if unknown:
         return f"needs the name of the device in result.json of {', '.join(unknown)}"
-    fast, recompute = [run for run in runs if run.norm in ("agc", "center")], "network.options.recompute"
+    agc_runs, recompute = [run for run in runs if run.norm in ("agc", "center")], "network.options.recompute"
     computed = ("channels_last", "compile", "graph", "deterministic")
     compared: dict[str, set] = {
         "device": {run.device for run in runs},
         **{key: {run.settings.get(key) for run in runs} for key in computed},
-        "network.implementation": {run.settings.get("network.implementation") for run in runs if run.norm == "agc"},
+        "network.implementation": {run.settings.get("network.implementation") for run in agc_runs},
     }
-    for run in fast:
+    for run in agc_runs:
         compared.setdefault(f"{recompute} of {run.network}", set()).add(run.settings.get(recompute))
     for what, values in compared.items():
         if len(values) > 1:

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.nn import ConvUnit
 
 SIGNS_OF_NO_MEMORY = (
@@ -49,8 +49,9 @@ def find_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"device={name}: cannot be used here ({first}); try device=auto or device=cpu") from None
+        raise UserError(
+            f"device={name}: cannot be used here ({first_line(error)}); try device=auto or device=cpu"
+        ) from None
     return device
 
 

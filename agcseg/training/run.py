@@ -18,7 +18,7 @@ from agcseg.check import check
 from agcseg.config import Config, momentum, rate
 from agcseg.data.augment import transform
 from agcseg.data.minibatches import MEAN, STD, minibatches
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.figure1 import panels_of
 from agcseg.networks.foreign import Foreign
 from agcseg.nn import layer_signals
@@ -100,7 +100,7 @@ def run(config: Config, folder: Path) -> dict:
         opened, unseen = open_wanted(config), ""
         me["data"] = opened.digests
     except UserError as error:
-        opened, unseen = error, str(error).splitlines()[0]
+        opened, unseen = error, first_line(error)
     differ = differences(parallel.from_first(me), me)
     if differ:
         raise UserError(f"process {parallel.rank()} has another run to train than process 0:\n  " + "\n  ".join(differ))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agcseg.config import Config
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.training import parallel
 from agcseg.training.machine import out_of_memory
 from agcseg.training.passes import backward
@@ -100,8 +100,9 @@ def capture(call: Callable[[], Any], optimizer) -> tuple[Callable[[], None], Any
         first = error.__context__ or error  # the end of a broken capture raises too
         if out_of_memory(first):
             raise first from None
-        why = str(first).splitlines()[0]
-        raise UserError(f"graph=true: a step of this network cannot be captured ({why}); use graph=false") from None
+        raise UserError(
+            f"graph=true: a step of this network cannot be captured ({first_line(first)}); use graph=false"
+        ) from None
     finally:
         for group in adam:
             group["capturable"] = False

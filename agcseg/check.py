@@ -11,7 +11,7 @@ from agcseg.class_weights import CLASS_WEIGHTS
 from agcseg.config import Config, DataConfig, build_network
 from agcseg.data import LAYOUTS, NAMES
 from agcseg.data.folder import fault_of_pattern, read_classes
-from agcseg.errors import UserError, first_line
+from agcseg.errors import UserError, expanded, first_line
 from agcseg.losses import CONTOUR_LOSSES
 from agcseg.networks import Network, kind
 from agcseg.networks.foreign import Foreign
@@ -284,7 +284,7 @@ def _number_of_classes(data: DataConfig) -> int:
     if data.name in LAYOUTS:
         return len(LAYOUTS[data.name].classes)
     try:
-        return len(read_classes(Path(data.root or ".").expanduser(), data.folder.classes))
+        return len(read_classes(expanded(data.root or "."), data.folder.classes))
     except UserError:
         return 19
 

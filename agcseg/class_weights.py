@@ -4,12 +4,12 @@ import math
 
 from agcseg.errors import UserError
 
-CLASS_WEIGHTS = ("enet", "enet_raw", "none")
 FORMULA = {
     "enet": "1/ln(1.02 + p), scaled to mean 1 over the classes that occur; 1 for a class that does not",
     "enet_raw": "1/ln(1.02 + p)",
     "none": "1",
 }
+CLASS_WEIGHTS = tuple(FORMULA)
 
 
 def class_weights(histogram: list[int], kind: str = "enet") -> list[float]:

@@ -1,4 +1,4 @@
-"""The paper's experiment: the twelve runs of Figure 1 and the eight panels that show them. Data only, no imports."""
+"""The paper's experiment: the twelve runs of Figure 1 and the eight panels that show them. Data only."""
 
 from typing import NamedTuple
 

@@ -168,5 +168,5 @@ def check_submission(folder: Path, written: list[Path]) -> list[str]:
     for path in written:
         image = open_picture(path)
         if image.mode != "L" or image.size[::-1] != BENCHMARK_SIZE or not np.isin(np.asarray(image), LABEL_IDS).all():
-            problems.append(f"{path}: is no 8-bit map of the 19 label ids at 1024x2048")
+            problems.append(f"{path}: is not an 8-bit map of the 19 label ids at 1024x2048")
     return problems

@@ -55,7 +55,7 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
     saved = load_checkpoint(path)
     missing = [key for key in ("config", "classes", "normalisation", "epoch") if saved.get(key) is None]
     if missing:
-        raise UserError(f"{path}: is no checkpoint of agcseg-train: it lacks {', '.join(missing)}")
+        raise UserError(f"{path}: is not a checkpoint of agcseg-train: it lacks {', '.join(missing)}")
     try:
         config = _config(saved)
     except OmegaConfBaseException as error:

@@ -107,7 +107,7 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in (
         *((tmp_path / name, "it is empty, cut off, or not written") for name in ("nothing.pt", "cut.pt", "table.csv")),
-        (tmp_path / "other.pt", "is no checkpoint of agcseg"),
+        (tmp_path / "other.pt", "is not a checkpoint of agcseg"),
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "empty", "holds no last.pt"),
         (runs, f"holds 2 runs; give one of them, such as\n  {runs / 'classnet'}"),

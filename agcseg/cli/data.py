@@ -21,7 +21,7 @@ from agcseg.data.labels import CITYSCAPES
 from agcseg.data.layout import SPLITS, Layout, check, scan
 from agcseg.data.pictures import left_out
 from agcseg.data.streets import make_streets
-from agcseg.errors import UserError, by_cause
+from agcseg.errors import UserError, by_cause, expanded
 from agcseg.record.files import write
 from agcseg.training.lines import progress
 
@@ -47,7 +47,7 @@ def inspect(program: DataProgram) -> int:
         the number of problems.
     """
     data, streets = program.data, program.data.streets
-    root = Path(data.root).expanduser() if data.root else None
+    root = expanded(data.root) if data.root else None
     if root and data.name == "streets" and not (root.is_dir() and any(root.iterdir())):
         log.info(f"making {streets.train} + {streets.val} street scenes in {root}")
         height, width = streets.size
@@ -110,7 +110,7 @@ def write_draft(data: DataConfig, given: Iterable[str]) -> None:
     """
     if data.name != "folder" or not data.root:
         raise UserError("draft=true: drafts the classes of data=folder data.root=FOLDER; others are known")
-    root = Path(data.root).expanduser()
+    root = expanded(data.root)
     path = classes_file(root, data.folder.classes)
     if path.exists():
         raise UserError(f"{path}: is there already; remove it, or draft to another file with data.folder.classes=FILE")

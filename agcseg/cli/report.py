@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         show("")
     for note in page["notes"]:
         show(f"note: {note}")
-    for line in broken:
+    for line in page["broken"]:
         print(f"agcseg-report: broken: {line}", file=sys.stderr)
     for path in paths:
         show(f"wrote {path}")
     show(f"tensorboard --logdir {shlex.quote(str(full[0]))}")
-    return 1 if broken else 0
+    return 1 if page["broken"] else 0
 
 
 if __name__ == "__main__":

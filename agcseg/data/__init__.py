@@ -16,7 +16,7 @@ from agcseg.data.layout import SPLITS, Layout, Sample, list_samples
 from agcseg.data.minibatches import choose
 from agcseg.data.pictures import read_numbers
 from agcseg.data.streets import make_streets, street
-from agcseg.errors import UserError
+from agcseg.errors import UserError, expanded
 
 STREETS_VERSION = 1  # of how the built-in streets look; a new number leaves those made earlier unused
 LAYOUTS = {layout.name: layout for layout in (cityscapes.LAYOUT, camvid.LAYOUT, cityscapes.STREETS)}
@@ -39,7 +39,7 @@ def find_data(data, say: Callable[[str], None] = print, classes: Classes | None 
     elif data.root is None:
         raise UserError(f"data={data.name}: give its folder with data.root=")
     else:
-        root = Path(data.root).expanduser()
+        root = expanded(data.root)
     return folder_layout(root, data.folder, classes) if data.name == "folder" else LAYOUTS[data.name], root
 
 
@@ -91,7 +91,7 @@ def open_data(
             raise UserError(f"data.{split}_images={wanted}: there are {there} {split} images in {root}")
         if layout.expected and there != layout.expected[split] and data.val_share is None:
             say(f"{layout.title} in {root}: {there} of {layout.expected[split]} {split} images")
-    size, cache_dir = tuple(data.size), Path(data.cache_dir).expanduser()
+    size, cache_dir = tuple(data.size), expanded(data.cache_dir)
     return layout, {
         split: open_cache(layout, samples[split], size, cache_dir, split, progress, say, rebuild) for split in SPLITS
     }
@@ -123,7 +123,7 @@ def streets_root(cache_dir: str | Path, train: int, val: int, size: tuple[int, i
     Raises:
         UserError: `cache_dir` cannot be written.
     """
-    cache_dir = Path(cache_dir).expanduser()
+    cache_dir = expanded(cache_dir)
     root = cache_dir / f"streets{STREETS_VERSION}-{train}+{val}-{size[0]}x{size[1]}-seed{seed}"
     if not root.is_dir():
         try:

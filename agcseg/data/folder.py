@@ -107,7 +107,7 @@ def read_classes(root: Path, name: str) -> Classes:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     return _classes(path, content)
 
 
@@ -118,7 +118,7 @@ def _classes(path: Path, content) -> Classes:
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list) or not content["classes"]:
         refuse(f"expected a list of classes, {EXAMPLE}")
     if unknown := content.keys() - {"classes", "void"}:
-        refuse(f"{sorted(map(str, unknown))[0]}: is no key here; there are classes and void")
+        refuse(f"{sorted(map(str, unknown))[0]}: is not a key here; there are classes and void")
     if len(content["classes"]) > MANY:
         refuse(f"names {len(content['classes'])} classes; there can be {MANY}")
     names: list[str] = []
@@ -129,7 +129,7 @@ def _classes(path: Path, content) -> Classes:
     def take(entry: dict, what: str, meaning: int, number: list[int]) -> list[Color]:
         if unknown := entry.keys() - ENTRY:
             refuse(
-                f"{what}: {sorted(map(str, unknown))[0]}: is no key of a class; there are {', '.join(sorted(ENTRY))}"
+                f"{what}: {sorted(map(str, unknown))[0]}: is not a key of a class; there are {', '.join(sorted(ENTRY))}"
             )
         numbers = entry.get("numbers", number)
         given = [] if entry.get("colors") is None else entry["colors"]
@@ -157,7 +157,7 @@ def _classes(path: Path, content) -> Classes:
         entry = {"name": entry} if isinstance(entry, str) else entry
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name.strip():
-            hint = f": {name} is no text, quote it" if name is not None else ""
+            hint = f": {name} is not text, quote it" if name is not None else ""
             refuse(f"class {i + 1} has no name{hint}")
         if name in names:
             refuse(f"two classes are called {name}")

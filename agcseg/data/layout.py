@@ -69,7 +69,7 @@ class Layout(NamedTuple):
     image_size: tuple[int, int] | None = None
     instance_divisor: int | None = None
     archives: tuple[str, ...] = ()
-    splits: dict[str, str] = {}  # noqa: RUF012 - never changed
+    splits: dict[str, str] = {}  # never changed
 
 
 class Listing(NamedTuple):

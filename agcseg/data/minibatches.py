@@ -148,7 +148,7 @@ def read_ahead(parts: list[Tensor], steps: list[Tensor], device: torch.device) -
                 for part, buffer in zip(parts, buffers, strict=True):
                     torch.index_select(part, 0, rows, out=buffer[: len(rows)])
                 filled.put((buffers, copied))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the other thread must hear of it
+        except BaseException as error:  # whatever it is, the other thread must hear of it
             filled.put((error, None))
 
     reader = threading.Thread(target=read, daemon=True)

@@ -97,7 +97,7 @@ def open_picture(path: Path, lossless: bool = False) -> Image.Image:
         advice = "make it smaller; from Python, PIL.Image.MAX_IMAGE_PIXELS is the limit"
         raise FileError(path, "has too many pixels", str(error).split(", could")[0], advice) from None
     except Exception as error:  # the decoders' ways to say so are many
-        fault = " ".join(str(error).replace(repr(io.BytesIO())[:20], "").split()) or type(error).__name__
+        fault = " ".join(str(error).split()) or type(error).__name__
         fault = "no known format" if isinstance(error, Image.UnidentifiedImageError) else fault
         raise FileError(path, "cannot be decoded, truncated or not an image", fault) from None
     inside = {"TIFF": picture.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"), "WEBP": b"VP8L" not in content}

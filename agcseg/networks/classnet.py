@@ -6,7 +6,6 @@ here, and listed in docs/choices.md; the layers' numbers below are ours.
 
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -108,9 +107,13 @@ class ClassNet(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.recompute = recompute
 
-    recompute = property(attrgetter("_recompute"), lambda self, budget: self._choose(budget))
+    @property
+    def recompute(self) -> float:
+        """Share of a step's arithmetic that backward may spend again, see `agcseg.nn.rebuild`."""
+        return self._recompute
 
-    def _choose(self, budget: float) -> None:
+    @recompute.setter
+    def recompute(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
 
     def _costs(self) -> list[Cost]:
@@ -133,7 +136,9 @@ class ClassNet(nn.Module):
     def forward(self, images: Tensor) -> ClassNetOutput:
         """Logits of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
-            raise ValueError(f"ClassNet takes heights and widths in multiples of 128; got {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"ClassNet takes heights and widths in multiples of {self.multiple}; got {tuple(images.shape[-2:])}"
+            )
         if not can_rebuild(self._rebuilt, images):
             return self._forward(images)
         with rebuilding(self._rebuilt) as run:

@@ -34,6 +34,8 @@ class Foreign(nn.Module):
         network: from images (N, 3, H, W) to logits (N, K, h, w), or to a mapping with them as "out". Where h and w are
             not H and W, they are resized bilinearly.
         num_classes: K.
+
+    Attributes:
         layers: names of its norms in the order of execution.
 
     Raises:
@@ -43,9 +45,10 @@ class Foreign(nn.Module):
     multiple = 1  # as far as is known here
     contour = False
 
-    def __init__(self, network: nn.Module, num_classes: int, layers: tuple[str, ...] = ()) -> None:
+    def __init__(self, network: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.network, self.num_classes, self.layers = network, num_classes, layers
+        self.network, self.num_classes = network, num_classes
+        self.layers: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits, (N, K, H, W), of images, (N, 3, H, W)."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,9 +73,13 @@ class SegNet(nn.Module):
             )
         self.recompute = recompute
 
-    recompute = property(attrgetter("_recompute"), lambda self, budget: self._choose(budget))
+    @property
+    def recompute(self) -> float:
+        """Share of a step's arithmetic that backward may spend again, see `agcseg.nn.rebuild`."""
+        return self._recompute
 
-    def _choose(self, budget: float) -> None:
+    @recompute.setter
+    def recompute(self, budget: float) -> None:
         self._recompute, self._rebuilt = budget, choose(self._costs(), budget)
         stage: Any = self.encoder[0]
         self._stem = bool(budget) and stage[0].is_fast  # of a narrow network it costs more, and is worth it still
@@ -93,7 +96,9 @@ class SegNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class logits, (N, K, H, W), of images, (N, in_channels, H, W)."""
         if images.shape[-2] % self.multiple or images.shape[-1] % self.multiple:
-            raise ValueError(f"SegNet takes heights and widths in multiples of 32; got {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"SegNet takes heights and widths in multiples of {self.multiple}; got {tuple(images.shape[-2:])}"
+            )
         if not can_rebuild(self._rebuilt, images):
             return self._forward(images)
         with rebuilding(self._rebuilt) as run:

@@ -30,7 +30,7 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
     """
     if has_torch_function_unary(input):
         return handle_torch_function(agc, (input,), input, weight, bias, mean_scale)
-    _check(input, weight, bias, mean_scale)
+    check_arguments(input, weight, bias, mean_scale)
     if not torch.jit.is_scripting():
         if runs_eagerly():
             return _AGC.apply(input, weight, bias, mean_scale)
@@ -56,7 +56,7 @@ def runs_eagerly() -> bool:
     return not (torch.compiler.is_compiling() or transformed())
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None, mean_scale: Tensor | None = None) -> None:
+def check_arguments(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> None:
     if input.dim() != 4:
         raise ValueError(f"agc takes maps of shape (N, C, H, W); got {_shape(input)}")
     if not input.is_floating_point():
@@ -64,7 +64,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None, mean_scale
     if input.size(1) != weight.numel():
         raise ValueError(f"agc was made for {weight.numel()} channels; the input is {_shape(input)}")
     for vector in (weight, bias, mean_scale):
-        if vector is not None and (vector.dim() != 1 or vector.numel() != weight.numel()):
+        if vector.dim() != 1 or vector.numel() != weight.numel():
             raise ValueError(f"γ, β and λ are vectors of one length; got {_shape(weight)} and {_shape(vector)}")
 
 

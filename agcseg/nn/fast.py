@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from agcseg.nn import passes, unit
-from agcseg.nn.agc import AGC2d, _check, agc, statistics_dtype, transformed
+from agcseg.nn.agc import AGC2d, agc, check_arguments, statistics_dtype, transformed
 from agcseg.nn.pooling import max_pool2d, max_unpool2d, window_offsets
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 
 ONCE = "the fast AGC unit", "build with implementation='literal', convert with fuse=False"
-SMALL = 2**17  # numbers of an output, up to which a CPU spends more time on calls than memory is worth
+SMALL = 2**17  # elements of an output, up to which a CPU spends more time on calls than memory is worth
 
 
 def agc_unit(
@@ -104,7 +104,7 @@ def agc_unit(
         raise ValueError(f"2x2 pooling takes even heights and widths; got {(height, width)}")
     if _is_small(inputs[0], filters.shape[0], 1 if unpool is None else 4):
         result = _small_unit(inputs, filters, weight, bias, mean_scale, unpool, pool, stem)
-        return _and_sums(result, None) if sum_up else result
+        return _with_no_sums(result) if sum_up else result
     if unpool is not None and unpool.dtype != torch.uint8:
         unpool = window_offsets(unpool, 2 * inputs[0].shape[3])
     device = inputs[0].device.type
@@ -114,11 +114,11 @@ def agc_unit(
     ahead = sum_up and _is_ahead(inputs, filters, stem, unpool)
     parameters = (filters, weight, bias, mean_scale, *(stem or (None,) * 4))
     result = _Unit.apply(pool, ahead, unpool, *parameters, *inputs, sums if ahead else None)
-    return _and_sums(result, None) if sum_up and not ahead else result
+    return _with_no_sums(result) if sum_up and not ahead else result
 
 
-def _and_sums(result, sums: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*result, sums) if isinstance(result, tuple) else (result, sums)
+def _with_no_sums(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return (*result, None) if isinstance(result, tuple) else (result, None)
 
 
 def _is_ahead(inputs, filters, stem, unpool) -> bool:
@@ -324,7 +324,7 @@ def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) ->
 def _eager_agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
     if has_torch_function_unary(input):
         return handle_torch_function(agc_relu, (input,), input, weight, bias, mean_scale)
-    _check(input, weight, bias, mean_scale)
+    check_arguments(input, weight, bias, mean_scale)
     if torch.compiler.is_compiling() or transformed():  # a compiler decides by itself what to keep
         return F.relu(agc(input, weight, bias, mean_scale), inplace=True)
     if _is_small(input, len(weight)):

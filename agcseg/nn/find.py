@@ -67,7 +67,7 @@ def _visit(part: nn.Module, layers: list[nn.Module], findings: Findings) -> None
     error = _trace(part, layers, findings)
     for child in part.children():
         _visit(child, layers, findings)
-    if error and findings.errors.keys() & set(part.children()) | {m for m in findings.errors if m in inside}:
+    if error and findings.errors.keys() & inside:
         error = _trace(part, layers, findings)
     if error:
         findings.errors[part] = error

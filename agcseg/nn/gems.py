@@ -61,7 +61,7 @@ class GEMS:
         active: unit's name -> A, (C,) int64, since the last `scale_gradients`.
         points: unit's name -> P, () int64.
         averages: unit's name -> A and P averaged over steps, (2, C) float64, without a common factor; empty where `ema`
-            is 0. The only thing that belongs into a checkpoint.
+            is 0. The only thing that belongs in a checkpoint.
         factors: unit's name -> s of the last `scale_gradients`, (C,) float64; with "map" the mean over samples of the
             last part.
 

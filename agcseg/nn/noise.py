@@ -41,7 +41,7 @@ def add_noise(network: nn.Module, gain: float, shift: float, seed: int) -> torch
             Replicas of a network need different ones.
 
     Returns:
-        that generator, whose state belongs into a checkpoint.
+        that generator, whose state belongs in a checkpoint.
     """
     generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
 

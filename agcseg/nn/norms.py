@@ -192,3 +192,4 @@ NORMS: dict[str, Callable[..., nn.Module] | None] = {
     "dyt": DynamicTanh2d,
     "derf": DynamicErf2d,
 }
+OF_MINIBATCHES = ("bn", "mean_only")  # whose statistics are of a whole minibatch

@@ -23,7 +23,7 @@ from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode, has_torch_function_unary
 from torch.utils._pytree import tree_map_only
 
-from agcseg.nn.agc import _check, agc, agc_formula, differentiable, runs_eagerly
+from agcseg.nn.agc import agc, agc_formula, check_arguments, differentiable, runs_eagerly
 from agcseg.nn.fast import agc_relu
 from agcseg.nn.hooks import has_hooks
 from agcseg.nn.passes import add_levels, filter_gradients, sums
@@ -68,7 +68,7 @@ def agc_conv2d(
         raise RuntimeError(f"input and filters must be of one dtype; got {input.dtype} and {filters.dtype}")
     if input.dim() != 4:
         raise ValueError(f"agc takes maps of shape (N, C, H, W); got {tuple(input.shape)}")
-    _check(filters.transpose(0, 1), weight, bias, mean_scale)
+    check_arguments(filters.transpose(0, 1), weight, bias, mean_scale)
     if conv_bias is not None:
         bias = bias + (1 - mean_scale) * weight * conv_bias
     return _AGCConv2d.apply(geometry, input, filters, weight, bias, mean_scale)

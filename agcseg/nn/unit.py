@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
 
 
 PARTS = 4  # of a minibatch, at most, in which a GPU rebuilds maps; of a small one 2
-MANY = 2**23  # numbers, from which on a GPU takes longer for a pass over maps than a host for the calls that spare it
+MANY = 2**23  # elements, from which on a pass over maps costs a GPU more than the launches that spare it cost the host
 
 OPERATIONS = torch.library.Library("agcseg", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -38,5 +38,5 @@ def load_checkpoint(path: Path) -> dict:
             f"{path}: cannot be read as a checkpoint; it is empty, cut off, or not written by agcseg-train"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
-        raise UserError(f"{path}: is no checkpoint of agcseg")
+        raise UserError(f"{path}: is not a checkpoint of agcseg")
     return content

@@ -12,6 +12,7 @@ from typing import Any
 from agcseg.config import Config, momentum, rate
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
+from agcseg.nn.norms import OF_MINIBATCHES
 
 # Where things lie and how fast they go: of no influence on what is computed, but for rounding.
 FREE = {
@@ -75,7 +76,7 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
     if found["init_from"]:  # a run or its checkpoint, however its place is written
         place = Path(os.path.expanduser(found["init_from"])).resolve()  # another machine's home stays what it is
         found["init_from"] = str(place.parent if place.name == "last.pt" else place)
-    if found["norm.name"] in ("bn", "mean_only") and not found["sync_bn"]:
+    if found["norm.name"] in OF_MINIBATCHES and not found["sync_bn"]:
         found["images per process"] = found["minibatch"] // processes
     left_out = FREE | _idle(found)
     return {key: value for key, value in found.items() if key not in left_out}

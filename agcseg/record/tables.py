@@ -71,11 +71,10 @@ def layer_rows(
 
     Returns:
         for each layer its name and role (encoder, lateral, decoder, head; in a third-party network what its name starts
-        with), its number of filters, the mean of γ, and of
-        λ mean, smallest, quantiles, largest and the share in [0, 2], the range that the paper reports (section 3); then
-        the size of its filters and maps, common-mode ratio, share of active points and number of dead filters; of the
-        filters that are not dead the mean and deviation of λ and the shares below 0 and above 1. None for what a norm
-        does not have.
+        with), its number of filters, the mean of γ, and of λ the mean, smallest, quantiles, largest and the share in
+        [0, 2], the range that the paper reports (section 3); then the size of its filters and maps, common-mode ratio,
+        share of active points and number of dead filters; of the filters that are not dead the mean and deviation of λ
+        and the shares below 0 and above 1. None for what a norm does not have.
     """
     units = {name: unit for name, unit in network.named_modules() if isinstance(unit, ConvUnit)}
     norms, signals = _norms(network), {name.removeprefix("network."): of for name, of in signals.items()}

@@ -53,8 +53,7 @@ class Part(NamedTuple):
     @property
     def interval(self) -> Band:
         """Of the estimate; where it has none, the value twice."""
-        assert isinstance(self.estimate, Estimate)
-        value, low, high, *_ = self.estimate
+        value, low, high = self.estimate.value, self.estimate.low, self.estimate.high
         return (value, value) if math.isnan(low) else (low, high)
 
     @property

@@ -39,19 +39,22 @@ RUN_COLUMNS = {  # what is shown of a run: key of `summarise` -> heading, format
 
 
 def write_report(
-    folder: str | Path, found=None, margin: float = MARGIN, reference: str | None = None
+    folder: str | Path,
+    found: tuple[list[Run], list[str], list[str]] | None = None,
+    margin: float = MARGIN,
+    reference: str | None = None,
 ) -> tuple[list[Path], dict]:
     """Writes report.html, report.md, report.csv and the pictures; see `agcseg-report --help`.
 
     Args:
         folder: where to; it is made if need be.
-        found: the answer of `read_folders`, by default of this folder; broken pictures are added to its broken files,
-            and to its notes why some of the runs are not compared.
+        found: the answer of `read_folders`, by default of this folder.
         margin: see `agcseg.report.verdicts`.
         reference: name of the setting that the others are compared with; see `agcseg.report.compare.reference_of`.
 
     Returns:
-        the paths that were written, and what the page says: "headline", "results" (a table), "answers" (verdicts) ...
+        the paths that were written, and what the page says: "headline", "results" (a table), "answers" (verdicts),
+        "broken" (files, pictures among them), "notes" (why some of the runs are not compared among them) ...
 
     Raises:
         UserError: the folder holds nothing to report, the margin is not positive, or there is no such reference.
@@ -63,7 +66,7 @@ def write_report(
     if compare.of_settings(runs) and not of_paper or reference is not None:
         alike, of_paper = True, False
         kept, apart = compare.cells(compare.like(runs, firsts(groups)[base]))
-    notes += [*dict.fromkeys(twins + apart)]
+    notes = [*notes, *dict.fromkeys(twins + apart)]
     answers = verdicts(kept, margin, of_paper)
     shown, starts = _with_lambda(kept), lambda_starts(groups)
     name, curves = ("figure1.png", figures.figure1(kept)) if of_paper else ("figure.png", figures.figure(groups, base))
@@ -71,7 +74,7 @@ def write_report(
     drawn["lambda.png"] = figures.lambda_starts_figure(starts, [*groups]) if starts else figures.lambda_figure(shown)
     drawn["forest.png"] = figures.forest(answers)
     drawn["predictions.png"], unreadable = figures.predictions(groups)
-    broken += unreadable
+    broken = [*broken, *unreadable]
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_written(folder / name, _png(picture)) for name, picture in drawn.items() if picture]
     content = {
@@ -373,7 +376,7 @@ def environment_table(runs: list[Run]) -> pd.DataFrame:
 def lambda_starts(groups: Settings) -> Settings:
     """The settings that start with different λ, with their runs that trained it, recorded it, and did not diverge.
 
-    None where all start alike, or have different layers.
+    Empty where all start alike, or have different layers.
     """
 
     def followed(run: Run) -> bool:

@@ -64,10 +64,7 @@ def open_wanted(config: Config) -> Opened:
     chosen: dict[str, np.ndarray] = {}
     digests: dict[str, Any] = {"classes": list(layout.classes.names)}
     for split, wanted in (("train", data.train_images), ("val", data.val_images)):
-        available = len(cached[split].names)
-        if wanted is not None and wanted > available:
-            raise UserError(f"data.{split}_images={wanted}: there are {available} {split} images")
-        chosen[split] = choose(available, wanted, data.choice_seed)
+        chosen[split] = choose(len(cached[split].names), wanted, data.choice_seed)
         digests[split] = cached[split].digest(chosen[split], contours)
     train, val, processes = len(chosen["train"]), len(chosen["val"]), parallel.world()
     if config.minibatch > train:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from agcseg.config import Config, momentum, rate
+from agcseg.nn.norms import OF_MINIBATCHES
 from agcseg.record.identity import without_effect
 from agcseg.training import parallel
 from agcseg.training.machine import device_name
@@ -108,7 +109,7 @@ def _duration(seconds: float) -> str:
 def _sharing(config: Config) -> str:
     each, processes = config.minibatch // parallel.world(), parallel.world()
     line = f"{processes} processes: each minibatch of {config.minibatch} is {processes} x {each} images"
-    if config.norm.name not in ("bn", "mean_only"):
+    if config.norm.name not in OF_MINIBATCHES:
         return line
     return line + f"; batch statistics over {'all of them' if config.sync_bn else f'the {each} of each process'}"
 

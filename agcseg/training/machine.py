@@ -87,6 +87,8 @@ def out_of_memory(error: BaseException) -> bool:
 def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
     """torch's global settings for a run, a benchmark or a prediction; at the end they are as they were before.
 
+    With `deterministic` on a GPU the environment's CUBLAS_WORKSPACE_CONFIG is set too, and stays.
+
     Args:
         precision: "tf32" lets convolutions and matrix products on a GPU round their float32 factors to 10 bits; with
             "fp32" and "bf16" what is float32 is computed as IEEE has it (torch's own default is TF32 in convolutions).

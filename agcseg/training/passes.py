@@ -45,7 +45,7 @@ def validate(model: nn.Module, val: Split, weights, num_classes: int, config: Co
     image by image; predictions of the images that are shown; and of those, where the network finds contours, the
     contour's probabilities, else None.
 
-    Several processes take every so-manyth image each, none of them twice, and put the answers together."""
+    Of n processes the k-th takes the images k, k + n, ..., and they put the answers together."""
     first, step = parallel.rank(), parallel.world()
     mine, wanted = range(first, len(val), step), set(shown_images(val, config.images))
     measured, shown, shown_contours, done = [], [], [], 0

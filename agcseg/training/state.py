@@ -68,9 +68,9 @@ class State:
         *before, last = [row["pixel_error"] for row in self.rows]
         return last < min(before, default=math.inf)
 
-    def last(self, key: str, default: float = 0) -> float:
+    def last(self, key: str) -> float:
         """A figure of the last epoch."""
-        return self.rows[-1].get(key, default) if self.rows else default  # a run may be older than a figure
+        return self.rows[-1].get(key, 0) if self.rows else 0  # a run may be older than a figure
 
     def saved(self) -> dict:
         """For a checkpoint: tensors and plain Python values."""

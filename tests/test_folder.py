@@ -307,6 +307,35 @@ def test_a_palette_of_greys_may_hold_the_numbers(tmp_path):
     assert set(np.unique(open_data(data_of(root))[1]["train"].labels)) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_palette_in_another_order(tmp_path, split):
+    """Its colours are no class's, so only other files show that its numbers mean something else."""
+    root = write_folder(tmp_path / "data")
+    colors = [(9, 9, 90), (9, 90, 9), (90, 9, 9)]
+    for path in root.glob("labels/*/*.png"):
+        with_palette(path, [0, 1, 2], colors)
+    (root / "classes.yaml").write_text("classes: [a, b, c]\n")
+    with_palette(root / "labels/train/002.png", [0, 1, 1], colors[:2])  # a shorter one is no other
+    assert not inspect(DataProgram(data_of(root), build=False))
+    for path in root.glob("labels/val/*.png") if split == "val" else [root / "labels/train/001.png"]:
+        with_palette(path, [1, 0, 2], [colors[1], colors[0], colors[2]])
+    assert inspect(DataProgram(data_of(root), build=False)) == (2 if split == "val" else 1)
+    with pytest.raises(UserError, match=r"its palette gives its numbers other colours .*0 is \(9, 90, 9\), elsewhere"):
+        open_data(data_of(root))
+
+
+def test_splits_that_are_stored_in_two_ways(tmp_path):
+    root = write_folder(tmp_path / "data", train=3, val=3)
+    for path in root.glob("labels/val/*.png"):
+        in_palette(path, (255, 2, 1, 0))
+    (root / "classes.yaml").write_text("classes: [a, b, c]\nvoid:\n  numbers: [3, 255]\n")
+    assert inspect(DataProgram(data_of(root), build=False)) == 3
+    with pytest.raises(
+        UserError, match="3 of 3 samples cannot be used:\n.*3 files|holds numbers with a palette, where most"
+    ):
+        open_data(data_of(root))
+
+
 def test_a_palette_beside_colours_without_numbers(tmp_path):
     """Without numbers of their own the classes are counted, but not against what the palette says."""
     root = write_folder(tmp_path / "data")

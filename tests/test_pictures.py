@@ -196,6 +196,9 @@ BILEVEL.putpalette([0, 0, 0, 255, 255, 255])
         ("1000.pgm", b"P5 2 1 1000\n" + bytes([0, 3, 3, 232])),
         ("white.tif", stored(PICTURE.convert("L"), "tiff", tiffinfo={262: 0})),
         ("palette.bmp", stored(BILEVEL, "bmp")),
+        ("plain.pbm", b"P1\n4 2\n0 1 1 0\n1 0 0 0\n"),
+        ("bits.pbm", stored(BILEVEL.convert("1"), "ppm")),
+        ("white1.tif", stored(BILEVEL.convert("1"), "tiff", tiffinfo={262: 0})),
     ],
 )
 def test_numbers_that_decoding_changes(tmp_path, name, content):

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -56,8 +55,9 @@ def inspect(program: DataProgram) -> int:
     tree = layout.tree.replace("{root}", str(root)).replace("\n", "\n  ")
     log.info(f"{layout.title} in {root.absolute()}. Expected tree:\n  {tree}")
     problems = []
-    for split in ("train",) if data.val_share else SPLITS:
-        problems += _inspected(data, layout, root, split)
+    scans = {split: scan(layout, root, split) for split in (("train",) if data.val_share else SPLITS)}
+    for split in scans:
+        problems += _inspected(data, layout, split, scans)
     if problems:
         log.info("\n".join(map(str, problems) if program.every else by_cause(problems)))
         more = "" if program.every else " every=true lists every file."
@@ -71,10 +71,11 @@ def inspect(program: DataProgram) -> int:
     return len(problems)
 
 
-def _inspected(data: DataConfig, layout: Layout, root: Path, split: str) -> list[UserError]:
+def _inspected(data: DataConfig, layout: Layout, split: str, scans: dict[str, tuple]) -> list[UserError]:
     """Say what there is of a split; what is wrong with it."""
-    samples, missing, no_instance, unused = scan(layout, root, split)
-    broken, pixels = check(samples, layout, partial(progress, total=len(samples), what=split))
+    samples, missing, no_instance, unused = scans[split]
+    others = [sample for other in scans if other != split for sample in scans[other][0]]
+    broken, pixels = check(samples, layout, partial(progress, total=len(samples), what=split), others)
     expected = layout.expected and layout.expected[split]
     wanted = {"train": data.train_images, "val": data.val_images}[split]
     note = f" of {expected} expected" if expected else ""

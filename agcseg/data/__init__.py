@@ -93,7 +93,8 @@ def open_data(
             say(f"{layout.title} in {root}: {there} of {layout.expected[split]} {split} images")
     size, cache_dir = tuple(data.size), expanded(data.cache_dir)
     return layout, {
-        split: open_cache(layout, samples[split], size, cache_dir, split, progress, say, rebuild) for split in SPLITS
+        split: open_cache(layout, samples[split], size, cache_dir, split, progress, say, rebuild, samples[other])
+        for split, other in zip(SPLITS, reversed(SPLITS), strict=True)
     }
 
 

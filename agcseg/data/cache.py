@@ -75,6 +75,7 @@ def open_cache(
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
     say: Callable[[str], None] = print,
     rebuild: bool = False,
+    others: Iterable[Sample] = (),
 ) -> Cached:
     """Open the memory map of these samples, and build it first if it is not there, or damaged.
 
@@ -88,6 +89,7 @@ def open_cache(
         size: (height, width) of training.
         progress: wraps the iteration over the samples; gets their number too.
         rebuild: build it anew even if it is there: for labels changed behind the file system's back.
+        others: samples of other splits, whose labels must be stored in the same way.
 
     Raises:
         UserError: files that cannot be used; too little space on the disk; or another process builds it and does not
@@ -108,7 +110,7 @@ def open_cache(
                 say(f"{folder}: is damaged ({found}) and is built anew")
             shutil.rmtree(folder, ignore_errors=True)
             say(f"caching {len(samples)} {split} images at {size[0]}x{size[1]} in {folder}")
-            _build(layout, samples, size, folder, progress)
+            _build(layout, samples, size, folder, progress, others)
     except OSError as error:
         raise not_writable(error, cache_dir) from None
     found = _opened(folder, samples, size)
@@ -210,7 +212,9 @@ def _key(layout: Layout, samples: list[Sample], size: tuple[int, int]) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder: Path, progress) -> None:
+def _build(
+    layout: Layout, samples: list[Sample], size: tuple[int, int], folder: Path, progress, others: Iterable[Sample]
+) -> None:
     height, width = size
     needed = len(samples) * 5 * height * width
     free = shutil.disk_usage(folder.parent).free
@@ -240,7 +244,7 @@ def _build(layout: Layout, samples: list[Sample], size: tuple[int, int], folder:
             os.utime(temporary)  # a sign of life, see `locked`
             return None
 
-        problems: list[UserError] = [*mixed(samples, layout.classes)]
+        problems: list[UserError] = [*mixed(samples, layout.classes, others)]
         problems += [error for error in progress(each(convert, range(len(samples))), len(samples)) if error]
         if problems:
             lines = [f"{len(problems)} of {len(samples)} samples cannot be used:", *by_cause(problems)]

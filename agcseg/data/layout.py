@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -250,36 +251,74 @@ def not_found(layout: Layout, root: Path, problems: list[UserError]) -> str:
     )
 
 
-def mixed(samples: list[Sample], classes: Classes) -> list[FileError]:
-    """Label files that are stored in another way than most: numbers beside colours, 1 bit beside 8, with a palette.
+def mixed(samples: list[Sample], classes: Classes, others: Iterable[Sample] = ()) -> list[FileError]:
+    """Label files that are stored in another way than most: numbers beside colours, 1 bit beside 8, with a palette, or
+    with another one.
 
     Programs that make PNGs smaller do this to single files; such a file decodes well, and means something else. What
     cannot be used at all is passed over: whoever decodes it says more.
-    """
-    kinds: dict[str, list[Path]] = {}
 
-    def kind(path: Path) -> str:
+    Args:
+        others: samples of other splits, which count for what is usual.
+    """
+
+    def look(path: Path) -> tuple[str, bytes]:
         try:
             with Image.open(path) as picture:
-                mode = picture.mode
+                mode, palette = picture.mode, bytes(picture.getpalette() or ())
         except Exception:  # see above
-            return ""
+            return "", b""
         if mode in ("RGB", "RGBA") or (mode == "P" and not classes.from_file):
-            return "colours" if classes.from_color else ""
-        return {"1": "numbers of 1 bit", "P": "numbers with a palette"}.get(mode, "numbers")
+            return ("colours" if classes.from_color else ""), b""
+        return {"1": "numbers of 1 bit", "P": "numbers with a palette"}.get(mode, "numbers"), palette
 
-    paths = [sample.label for sample in samples]
-    for path, its in zip(paths, each(kind, paths), strict=True):
-        kinds.setdefault(its, []).append(path)
-    kinds.pop("", None)
-    usual = max(kinds, key=lambda its: len(kinds[its]), default="")
+    paths, every = [sample.label for sample in samples], [sample.label for sample in (*samples, *others)]
+    seen = dict(zip(every, each(look, every), strict=True))
+    kinds = Counter(kind for kind, _ in seen.values() if kind)
+    usual = max(sorted(kinds), key=lambda kind: kinds[kind], default="")
     advice = "store all label files in one way"
-    return [
-        FileError(path, f"holds {its}, where most label files hold {usual}", advice=advice)
-        for its, some in kinds.items()
-        for path in some
-        if its != usual
+    errors = [
+        FileError(path, f"holds {seen[path][0]}, where most label files hold {usual}", advice=advice)
+        for path in paths
+        if seen[path][0] not in ("", usual)
     ]
+    palettes = {path: palette for path, (_, palette) in seen.items() if palette}
+    longest = max(palettes.values(), key=len, default=b"")
+    if all(longest.startswith(palette) for palette in palettes.values()):
+        return errors
+    mine = {*paths}
+    return errors + [error for error in _repainted(palettes, classes) if error.path in mine]
+
+
+def _repainted(palettes: dict[Path, bytes], classes: Classes) -> list[FileError]:
+    """Files whose palette gives a number that they hold another colour than most files do. Those whose colours are all
+    of classes are passed over: `load` compares them with the numbers."""
+
+    def look(path: Path) -> dict[int, tuple[int, ...]]:
+        palette = np.frombuffer(palettes[path], np.uint8).reshape(-1, 3)
+        try:
+            used = np.unique(read_numbers(path))
+        except UserError:  # see `mixed`
+            return {}
+        used = used[used < len(palette)]
+        if (classes.translate(palette[used][None]) != UNKNOWN).all():
+            return {}
+        return {int(number): tuple(palette[number].tolist()) for number in used}
+
+    painted = dict(zip(palettes, each(look, [*palettes]), strict=True))
+    colors: dict[int, Counter] = {}
+    for its in painted.values():
+        for number, color in its.items():
+            colors.setdefault(number, Counter())[color] += 1
+    usual = {number: max(sorted(found), key=lambda color: found[color]) for number, found in colors.items()}
+    cause = "its palette gives its numbers other colours than most label files give them, so they may be others"
+    advice = "store all as RGB, or all with one palette"
+    errors = []
+    for path, its in painted.items():
+        at = next((number for number in its if its[number] != usual[number]), None)
+        if at is not None:
+            errors.append(FileError(path, cause, f"{at} is {its[at]}, elsewhere {usual[at]}", advice))
+    return errors
 
 
 def load(sample: Sample, layout: Layout) -> tuple[Image.Image, np.ndarray, np.ndarray]:
@@ -380,9 +419,15 @@ def _check_instances(
 
 
 def check(
-    samples: list[Sample], layout: Layout, progress: Callable[[Iterable], Iterable] = iter
+    samples: list[Sample],
+    layout: Layout,
+    progress: Callable[[Iterable], Iterable] = iter,
+    others: Iterable[Sample] = (),
 ) -> tuple[list[UserError], list[int]]:
     """Decode every sample.
+
+    Args:
+        others: see `mixed`.
 
     Returns:
         an error for each that is wrong, all of them, not the first; and the labelled pixels of each class in the rest.
@@ -394,7 +439,7 @@ def check(
         except UserError as error:
             return error
 
-    problems: list[UserError] = [*mixed(samples, layout.classes)]
+    problems: list[UserError] = [*mixed(samples, layout.classes, others)]
     pixels = np.zeros(256, dtype=np.int64)
     for found in progress(each(looked_at, samples)):
         if isinstance(found, UserError):

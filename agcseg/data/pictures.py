@@ -123,10 +123,10 @@ def _raw(how) -> str:
 
 def _scaled(decoder: str, how, mode: str) -> bool:
     """Whether what is decoded are other numbers than those in the file: greys of 2 or 4 bits are stretched to 8, as are
-    those of a PGM up to its own maximum; where 0 is white they are inverted."""
-    if decoder in ("ppm", "ppm_plain"):
-        return isinstance(how, tuple) and how[-1] != (65535 if mode == "I" else 255)
-    return _raw(how).startswith(("L;2", "L;4", "L;I"))
+    those of a PGM up to its own maximum; where 0 is white, as in a PBM, they are inverted."""
+    if decoder in ("ppm", "ppm_plain") and isinstance(how, tuple):
+        return how[-1] != (65535 if mode == "I" else 255)
+    return _raw(how).startswith(("L;2", "L;4", "L;I", "1;I"))
 
 
 def read_image(path: Path) -> Image.Image:

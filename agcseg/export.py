@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import agcseg
 from agcseg.data.minibatches import normalise
-from agcseg.errors import UserError
+from agcseg.errors import UserError, first_line
 from agcseg.nn.background import BackgroundAGC2d
 from agcseg.nn.inference import inference_form
 from agcseg.trained import Trained
@@ -68,6 +68,9 @@ def export(trained: Trained, format: str) -> bytes:
     multiple, labels = multiple_of(trained), metadata(trained)
     # The exporter takes a dimension of 1 in the example, or two that are equal, for a law.
     free, size = {0: Dim("batch")}, [2 * multiple, 3 * multiple]
+    if trained.network.multiple == 1:  # of a third-party network nobody knows how small an image may be
+        height, width = (max(side, 2 * multiple) for side in trained.config.data.size)
+        size = [height, width + multiple * (height == width)]
     for i, name in enumerate(("rows", "columns")):
         if _is_free(trained, format, i):
             free[2 + i] = multiple * Dim(name)
@@ -76,7 +79,15 @@ def export(trained: Trained, format: str) -> bytes:
     images = torch.zeros(2, 3, *size, dtype=torch.uint8)
     network = _FromPixels(inference_form(trained.network)).eval()
     with _quiet():
-        program = torch.export.export(network, (images,), dynamic_shapes=(free,))
+        try:
+            program = torch.export.export(network, (images,), dynamic_shapes=(free,))
+        except Exception as error:  # as many kinds as there are ways to write a forward
+            if trained.network.multiple > 1:
+                raise
+            raise UserError(
+                f"network={trained.config.network.name}: torch.export cannot write it down for images of any size "
+                f"({first_line(error)})"
+            ) from None
         if format == "torch":
             buffer = io.BytesIO()
             torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(labels)})

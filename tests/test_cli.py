@@ -157,6 +157,13 @@ def test_files_that_cannot_be_used_are_one_line(inside, small, tmp_path, monkeyp
     assert not list(tmp_path.glob("outputs/*/*/.[a-km-z]*"))  # no half-written file
 
 
+def test_starting_afresh_at_a_restart_is_refused(inside, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    code, said = inside("experiment=demo", "resume=false")
+    assert code == 2 and "resume=false: this is a restart (SLURM_RESTART_COUNT)" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_configuration_of_a_run_starts_it_again(inside, small, tmp_path):
     assert inside(*small, "name=n=1", "momentum=0.8")[0] == 0
     (folder,) = (tmp_path / "outputs/n=1").iterdir()

@@ -368,6 +368,9 @@ def test_settings_without_effect_are_no_other_run():
     for change, said in (
         (lambda config: setattr(config.lr, "power", 2.0), "lr.power=2.0, of schedule=poly alone"),
         (lambda config: setattr(config.gems, "limit", 3.0), "gems.limit=3.0, of gems.mode=map or minibatch or sample"),
+        (lambda config: setattr(config.contour, "band", 5), "contour.band=5, of network.name=classnet alone"),
+        (lambda config: setattr(config, "sync_bn", True), "sync_bn=True, of norm.name=bn alone"),
+        (lambda config: setattr(config.data.folder, "train", "trainval"), "data.folder.train=trainval, of data.name="),
         (
             lambda config: config.norm.options.update(window=0.25),
             "norm.options.window=0.25, of norm.options.back",

@@ -597,6 +597,11 @@ def test_a_second_call_and_undoing():
     assert type(model[0].conv) is PairedConv2d
     convert_batchnorm(model, fuse=False)
     assert type(model[0].conv) is nn.Conv2d and not hasattr(model[0].conv, "watched")
+    convert_batchnorm(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0].conv)
+    convert_batchnorm(model, fuse=False)
+    assert not isinstance(model[0].conv, PairedConv2d) and "watched" not in model[0].conv.__dict__
+    assert isinstance(model[0].conv, nn.Conv2d) and model(torch.randn(1, 3, 6, 6)).shape == (1, 4, 6, 6)
 
 
 def test_scale_shift_and_the_object_itself_are_taken_over():

@@ -575,6 +575,21 @@ def test_evaluation_on_a_folder_with_labels_of_its_own(tmp_path, capsys):
     assert "tells grass, roof, tree apart; other has grass, roof, hedge" in capsys.readouterr().err
 
 
+def test_evaluation_by_other_patterns_replaces_nothing(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    run(configured(root, val_images=1), tmp_path / "run")
+    assert ended(eval_program, tmp_path / "run") == 0
+    own = (tmp_path / "run/eval-folder-val-training.json").read_text()
+    write_folder(root, val=3, images="night/{}/{}.jpg", labels="masks/{}/{}.png")
+    capsys.readouterr()
+    patterns = ["data.folder.images=night/{split}/{name}", "data.folder.labels=masks/{split}/{name}"]
+    assert ended(eval_program, tmp_path / "run", *patterns) == 0
+    said = capsys.readouterr().out
+    assert "val, 3 images" in said and "note" not in said
+    assert "eval-folder-data-night_split_name-masks_split_name-val-training.json" in said
+    assert (tmp_path / "run/eval-folder-val-training.json").read_text() == own
+
+
 def test_evaluation_of_another_folder_takes_all_of_it(tmp_path, capsys):
     root = write_folder(tmp_path / "data")
     run(configured(root, train_images=2, val_images=1), tmp_path / "some")

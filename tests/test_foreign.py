@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from urllib.error import URLError
 
 import numpy as np
@@ -195,7 +195,8 @@ class Says(nn.Module):
     [
         ({"factory": "mynet"}, "network.factory=mynet: expected package.module:function"),
         ({"factory": "nothere.net:make"}, "there is no module nothere, neither installed nor in "),
-        ({"factory": "mynet:Other"}, "network.factory=mynet:Other: mynet has no Other"),
+        ({"factory": "mynet:Other"}, "mynet.py) has no Other"),
+        ({"factory": "ends:make"}, "network.factory=ends:make: cannot be imported (SystemExit: 0)"),
         ({"factory": "broken:make"}, "network.factory=broken:make: cannot be imported (SyntaxError: "),
         ({"factory": "mynet:__doc__"}, "is a NoneType, which cannot be called"),
         ({"factory": "mynet:Net"}, "network=mine: its factory takes no num_classes; it takes classes, channels"),
@@ -218,6 +219,7 @@ class Says(nn.Module):
 )
 def test_wrong_things_get_a_sentence(mine, tmp_path, options, message):
     (tmp_path / "broken.py").write_text("def make(:\n")
+    (tmp_path / "ends.py").write_text("import sys\n\nsys.exit(0)\n")
     with pytest.raises(UserError) as error:
         agcseg.build(**{"network": "mine", "num_classes": 5, "norm": "bn", **options})
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -230,7 +232,7 @@ def test_wrong_things_get_a_sentence(mine, tmp_path, options, message):
         (["noise.gain=0.1"], "noise and gems: not in mine"),
         (["gems.mode=minibatch"], "noise and gems: not in mine"),
         (["network.init=xavier"], "network.init=xavier: choose from he"),
-        (["network.factory=mynet:Other"], "mynet has no Other"),
+        (["network.factory=mynet:Other"], "mynet.py) has no Other"),
         (["+network.options.width=3"], "network.options.width: agcseg.build has an argument of this name"),
         (["+network.options.depth=3"], "its factory takes no depth; it takes classes, channels"),
         (["network.factory=mynet:Square"], "cannot be fed images of 96x128 (of squares only)"),
@@ -282,6 +284,30 @@ def test_a_run_and_what_follows(mine, tiny, tmp_path):
     (tmp_path / "mynet.py").unlink()
     with pytest.raises(UserError, match="last.pt: network.factory=mynet:Net: there is no module mynet"):
         agcseg.load(tmp_path / "run")
+
+
+def test_a_run_of_a_network_whose_file_has_changed_is_another(mine, tiny, tmp_path):
+    config = tiny(network=NetworkConfig("mine", 1.0, None, factory=mine, classes_argument="classes"), epochs=1)
+    result = run(config, tmp_path / "run")
+    assert run(config, tmp_path / "run") == result
+    source = tmp_path / "mynet.py"
+    source.write_text(source.read_text().replace("nn.ReLU()", "nn.Tanh()"))
+    for epochs in (1, 2):
+        with pytest.raises(UserError, match="network.factory: the file of mynet:Net is another now"):
+            run(replace(config, epochs=epochs), tmp_path / "run")
+
+
+def test_a_network_that_halves_its_maps_often_is_exported(mine, tiny, tmp_path):
+    """Its example is of the training size: of a smaller one nothing would be left."""
+    (tmp_path / "deep.py").write_text(
+        "from torch import nn\n\ndef make(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, num_classes, 1), nn.BatchNorm2d(num_classes), nn.MaxPool2d(24))\n"
+    )
+    config = tiny(network=NetworkConfig("custom", 1.0, None, factory="deep:make"), epochs=1)
+    config.data.size = [40, 60]
+    run(config, tmp_path / "run")
+    trained = agcseg.load(tmp_path / "run")
+    assert max(beyond for _, _, beyond in differences(trained, export(trained, "torch"), "torch")) < 0.01
 
 
 def test_options_that_fetch_weights_reach_the_factory(mine, tmp_path):

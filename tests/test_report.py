@@ -508,6 +508,8 @@ def test_of_several_folders_one_without_runs_is_noted(tmp_path, capsys):
     assert not out and err.count("\n") == 1 and err.count("no run to report") == 2 and "experiment=demo" in err
     with pytest.raises(UserError, match="single run: give its parent"):
         read_runs(tmp_path / "a/bn", tmp_path / "c")
+    with pytest.raises(UserError, match=f"give one of the folders in it that hold runs: {tmp_path / 'a'}, "):
+        read_runs(tmp_path)
 
 
 def test_what_runs_were_made_with(tmp_path):

@@ -56,6 +56,20 @@ def test_networks_of_any_norm_are_left_as_they_were(norm):
     assert all(unit.implementation == "fast" and not unit.norm._forward_hooks for unit in units)
 
 
+@pytest.mark.parametrize("how", ["a part", "a part's call", "the whole's call"])
+def test_compiled_parts(how):
+    network = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), agcseg.AGC2d(3), nn.ReLU()) for _ in range(2))).eval()
+    x = torch.randn(1, 3, 8, 8)
+    expected = layer_signals(network, x)
+    if how == "a part":
+        network[1] = torch.compile(network[1], backend="eager")
+    else:
+        (network if "whole" in how else network[1]).compile(backend="eager")
+    with torch.no_grad():
+        network(x)
+    assert layer_signals(network, x) == expected and len(expected) == 2
+
+
 def test_a_compiled_network():
     network, x = nn.Sequential(nn.Conv2d(3, 4, 3), agcseg.AGC2d(4)), torch.randn(1, 3, 6, 6)
     compiled = torch.compile(network, backend="eager")

@@ -257,6 +257,7 @@ def test_confusion_figure_of_a_class_that_does_not_occur():
         (["data=cityscapes"], "data=cityscapes: give its folder with data.root="),
         (["data_root=/data"], "did you mean data.root"),
         (["device=cuda:9"], "device=cuda:9: cannot be used here"),
+        (["images=2", "images=3"], "images=3: images=2 is given too; give one of the two"),
     ],
 )
 def test_mistakes_in_evaluating(runs, capsys, arguments, message):
@@ -419,6 +420,17 @@ def test_mistakes_in_predicting(runs, tmp_path, monkeypatch, capsys, arguments, 
     assert ended(predict_program, runs / "segnet", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_whose_name_is_too_long_for_its_prediction(runs, pictures, capsys):
+    for name in ("\u56fe" * 82, "x" * 246):  # 250 bytes with .png; its prediction's would be longer
+        shutil.copy(pictures / "scene.png", pictures / f"{name}.png")
+    assert (
+        ended(predict_program, runs / "segnet", f"input={pictures}/[sx\u56fe]*.png", f"output={pictures / 'out'}") == 1
+    )
+    said = capsys.readouterr()
+    assert "1 of 3 pictures predicted" in said.out and said.err.count("is too long for its prediction") == 2
+    assert all(path.name.startswith("scene") for path in (pictures / "out").iterdir())
 
 
 def test_the_run_comes_first(capsys):

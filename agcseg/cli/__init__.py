@@ -182,10 +182,14 @@ def parse_run(program: str, keys: dict, description: str, epilog: str, argv: lis
     if first in keys and not Path(arguments.run).exists():
         raise UserError(f"{arguments.run}: the run comes first: {program} RUN {arguments.run} ...")
     values = {key: None if isinstance(default, type) else default for key, default in keys.items()}
+    seen: dict[str, str] = {}
     for setting in arguments.settings:
         key, given, text = setting.partition("=")
         if not given or key not in keys:
             raise _unknown(program, f"{setting}: expected KEY=VALUE with one of the keys {', '.join(keys)}", key, keys)
+        if key in seen:
+            raise UserError(f"{setting}: {seen[key]} is given too; give one of the two")
+        seen[key] = setting
         values[key] = _typed(key, text, keys[key] if isinstance(keys[key], type) else type(keys[key]))
     return arguments.run, values
 

@@ -17,7 +17,7 @@ from agcseg.config import DataConfig
 from agcseg.data import find_data, open_data
 from agcseg.data.folder import classes_file, draft, folder_layout
 from agcseg.data.labels import CITYSCAPES
-from agcseg.data.layout import SPLITS, Layout, check, scan
+from agcseg.data.layout import SPLITS, Layout, Listing, check, scan
 from agcseg.data.pictures import left_out
 from agcseg.data.streets import make_streets
 from agcseg.errors import UserError, by_cause, expanded
@@ -71,7 +71,7 @@ def inspect(program: DataProgram) -> int:
     return len(problems)
 
 
-def _inspected(data: DataConfig, layout: Layout, split: str, scans: dict[str, tuple]) -> list[UserError]:
+def _inspected(data: DataConfig, layout: Layout, split: str, scans: dict[str, Listing]) -> list[UserError]:
     """Say what there is of a split; what is wrong with it."""
     samples, missing, no_instance, unused = scans[split]
     others = [sample for other in scans if other != split for sample in scans[other][0]]

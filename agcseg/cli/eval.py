@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -69,7 +70,8 @@ keys:
 written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
-DATA is the data set's name; of another folder than the run's, with that folder's name. With images=N the names end in
+DATA is the data set's name; of another folder than the run's, with that folder's name, and of other patterns with
+these too. With images=N the names end in
 -Nimages, with checkpoint=best in -best. In a folder given by output= they begin with the run's name.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure depends on the choice of images, not how it varies
@@ -149,6 +151,17 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
     known = trained.classes if own.name == data.name == "folder" and not named else None
     layout, root = find_data(data, lambda line: None, known)
     root = root.resolve()
+    others = [where[key] for key in ("images", "labels") if where[key] != getattr(own.folder, key)]
+    if (
+        others and own.name == data.name == "folder" and root == its
+    ):  # other files than the run's, of which it chose no part
+        data = replace(data, train_images=None, val_images=None, val_share=None)
+        return (
+            data,
+            layout,
+            root,
+            "-".join([data.name, root.name, *(re.sub(r"[^\w.-]+", "_", one).strip("_") for one in others)]),
+        )
     elsewhere = keys["data"] in (None, own.name) and (its is None or its.exists())  # else it may have moved
     if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
         return data, layout, root, data.name
@@ -187,7 +200,7 @@ def _behind(trained: Trained) -> str:
 def _others(trained: Trained, names: list[str], digest: str, keys: dict) -> str:
     """What to say where the images are not those of the run, though nobody asked for others."""
     table = trained.path.with_name("images.csv")
-    if any(keys[key] for key in ("data", "data.root", "images")):
+    if any(keys[key] for key in ("data", "data.root", "images", "data.folder.images", "data.folder.labels")):
         return ""
     if table.is_file() and keys["split"] == "val":
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:

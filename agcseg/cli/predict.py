@@ -1,5 +1,6 @@
 """The program agcseg-predict."""
 
+import errno
 import sys
 
 from tqdm import tqdm
@@ -7,7 +8,7 @@ from tqdm import tqdm
 import agcseg
 from agcseg.cli import parse_run, program, show
 from agcseg.data.labels import CITYSCAPES
-from agcseg.errors import UserError, by_cause, expanded
+from agcseg.errors import FileError, UserError, by_cause, expanded
 from agcseg.predict import check_submission, find_images, predict, write_prediction, write_submission
 from agcseg.training.lines import on_terminal
 from agcseg.training.machine import find_device, out_of_memory
@@ -89,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
                     bar.update()
                 except UserError as error:
                     skip(error)
+                except OSError as error:
+                    if error.errno != errno.ENAMETOOLONG:
+                        raise
+                    skip(FileError(path, "its name is too long for its prediction's", advice="rename it"))
         done = len(images) - len(bad)
         if keys["submission"]:
             bad += map(UserError, check_submission(output, written))

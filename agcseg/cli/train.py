@@ -25,6 +25,9 @@ PLUGINS = {  # by a part of their names in Hydra's groups: what brings them
 }  # fmt: skip
 
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # of torchrun, of sbatch --requeue
+
+
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def _job(cfg) -> float | None:
     hydra_config = HydraConfig.get()
@@ -40,6 +43,9 @@ def _job(cfg) -> float | None:
         folder = folder_of(config, hydra_config.overrides.task, hydra_config.job.config_name or "train", places)
         if not config.resume and "submitit" in hydra_config.launcher.get("_target_", ""):
             raise UserError("resume=false: Slurm queues a job again, which would start afresh then; give another name=")
+        restarts = [key for key in RESTARTS if int(os.environ.get(key) or 0)]
+        if not config.resume and restarts:
+            raise UserError(f"resume=false: this is a restart ({restarts[0]}), which would start afresh; leave it out")
         # Other launchers have signals of their own: Slurm's queues the run again.
         ours = hydra_config.mode == RunMode.RUN or "RUN_STATUS_FILE" in os.environ
         with _stopped_at_once(config.resume) if ours else contextlib.nullcontext():

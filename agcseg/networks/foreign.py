@@ -1,5 +1,6 @@
 """Networks that somebody else wrote: torchvision's by name, any other by the callable that makes it."""
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -131,16 +133,26 @@ def find_factory(factory: str) -> Callable[..., nn.Module]:
         for part in function.split("."):
             found = getattr(found, part)
     except AttributeError:
-        raise UserError(f"network.factory={factory}: {module} has no {function}") from None
+        its = getattr(sys.modules.get(module), "__file__", None)
+        raise UserError(f"network.factory={factory}: {module}{f' ({its})' if its else ''} has no {function}") from None
     except ModuleNotFoundError as error:
         raise UserError(
             f"network.factory={factory}: there is no module {error.name}, neither installed nor in {os.getcwd()}"
         ) from None
-    except Exception as error:  # whatever somebody's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever somebody's module does when it is imported
         raise UserError(f"network.factory={factory}: cannot be imported ({_said(error)})") from None
     if not callable(found):
         raise UserError(f"network.factory={factory}: is a {type(found).__name__}, which cannot be called")
     return found
+
+
+def digest_of_source(factory: str) -> str:
+    """A digest of the file that a factory lies in, where that is one's own, in the current folder; else empty."""
+    find_factory(factory)
+    file = Path(getattr(sys.modules[factory.partition(":")[0]], "__file__", None) or "")
+    if not file.is_file() or not file.resolve().is_relative_to(Path.cwd().resolve()) or "site-packages" in file.parts:
+        return ""
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 def _make(name: str, factory: str | Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from agcseg.nn.conv import ConvUnit
 from agcseg.nn.fast import AGCReLU2d
 from agcseg.nn.find import Findings, find
 from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
-from agcseg.nn.pairs import paired, unpaired
+from agcseg.nn.pairs import paired, unpair, unpaired
 
 # By name, as their packages need not be installed.
 FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
@@ -103,9 +103,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
             replaced.append(name)
     fused = []
     for module in layers.values() if not fuse else ():
-        if type(module) is not unpaired(type(module)):
-            module.__class__ = unpaired(type(module))
-            module.__dict__.pop("watched", None)
+        unpair(module)
     for name, module in layers.items():
         if not fuse or module in units or type(module) not in (AGC2d, AGCAct2d, AGCReLU2d):
             continue  # units see to it themselves, and subclasses may mean something else

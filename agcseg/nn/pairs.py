@@ -232,6 +232,18 @@ def unpaired(kind: type) -> type:
     return kind.__mro__[2] if kind.__mro__[1] is _Paired else kind
 
 
+def unpair(module: nn.Module) -> None:
+    """Give a convolution back the class that it had, also below one of its own that a parametrization put on top."""
+    kind = type(module)
+    if kind is not unpaired(kind):
+        module.__class__ = unpaired(kind)
+    elif issubclass(kind, _Paired) and hasattr(module, "parametrizations"):
+        kind.__bases__ = tuple(map(unpaired, kind.__bases__))
+    else:
+        return
+    module.__dict__.pop("watched", None)
+
+
 def _blank(kind: type[nn.Conv2d]) -> nn.Conv2d:
     return object.__new__(paired(kind))  # type: ignore[arg-type]
 

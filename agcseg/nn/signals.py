@@ -1,5 +1,6 @@
 """What the layers of a network do on a minibatch, to judge its λ by."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
             lambda_q25, lambda_q50, lambda_q75, lambda_max) and the shares of λ below 0 and above 1 (lambda_negative,
             lambda_above_1), over the filters that are not dead; None if all are.
     """
-    network = getattr(network, "_orig_mod", network)  # a compiled one's, whose hooks would not run
-    names = dict(_layers(network))
+    network = getattr(network, "_orig_mod", network)
+    names = {norm: name.replace("_orig_mod.", "") for norm, name in _layers(network)}
     seen: dict[nn.Module, _Seen] = {}
 
     def note(norm: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -61,8 +62,10 @@ def layer_signals(network: nn.Module, images: Tensor) -> dict[str, dict]:
 
     handles = [norm.register_forward_hook(note, with_kwargs=True) for norm in names]  # units are literal with a hook
     modes = {module: module.training for module in network.modules()}
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modes)
     try:
-        network.eval()(images)
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():  # else without hooks
+            network.eval()(images)
     finally:
         for module, training in modes.items():
             module.training = training

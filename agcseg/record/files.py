@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 
 
@@ -15,7 +16,8 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
     Raises:
         OSError: it names the file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    name = path.name if len(os.fsencode(path.name)) < 230 else f"{zlib.crc32(os.fsencode(path.name)):08x}"
+    temporary = path.with_name(f".{name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)

@@ -61,7 +61,7 @@ def finished(here: dict, epochs: int, folder: Path, unseen: str = "") -> dict | 
         return None
     config = _settings(folder / "config.yaml")
     there = {"config": config, "processes": result.get("processes"), "data": result.get("data")}
-    there["start"] = result.get("start")
+    there |= {key: result.get(key) for key in ("start", "source")}
     expect_same_run(there, here, folder)
     note = ""
     if unseen or not result.get("data"):

@@ -4,12 +4,12 @@ import hashlib
 import inspect
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from agcseg.config import Config, momentum, rate
+from agcseg.config import Config, FolderConfig, momentum, rate
 from agcseg.networks import NETWORKS
 from agcseg.nn import NORMS
 from agcseg.nn.norms import OF_MINIBATCHES
@@ -31,6 +31,10 @@ NEEDED = {  # without which a setting has no effect: a key and its values
     "norm.options.window": ("norm.options.background", {"window"}),
     "norm.options.quantile": ("norm.options.background", {"trimmed"}),
     "norm.options.median_gradient": ("norm.options.background", {"median"}),
+    "contour.loss": ("network.name", {"classnet"}),
+    "contour.band": ("network.name", {"classnet"}),
+    "sync_bn": ("norm.name", {"bn"}),
+    **{f"data.folder.{field.name}": ("data.name", {"folder"}) for field in fields(FolderConfig)},
     "data.streets.train": ("data.name", {"streets"}),
     "data.streets.val": ("data.name", {"streets"}),
     "data.streets.size": ("data.name", {"streets"}),
@@ -105,7 +109,8 @@ def differences(there: dict, here: dict) -> list[str]:
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
             they are used, and the names of the "classes"; "histogram", labelled pixels of each class in training;
-            "start", a digest of what `init_from` names. What one of them lacks, being older, is not compared.
+            "start", a digest of what `init_from` names; "source", of the file of `network.factory`. What one of them
+            lacks, being older, is not compared.
     """
     # Where it is not known how many processes there were, it is taken to be as many.
     old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
@@ -119,8 +124,12 @@ def differences(there: dict, here: dict) -> list[str]:
     for its, mine in ((old, new), (there.get("histogram"), here.get("histogram"))):
         if not lines and its and mine and its != mine:
             lines = ["the images or their labels are others"]
-    if not lines and there.get("start") and here.get("start") and there["start"] != here["start"]:
-        lines = [f"init_from: {here['config']['init_from']} holds other weights now"]
+    for key, line in (
+        ("start", f"init_from: {here['config']['init_from']} holds other weights now"),
+        ("source", f"network.factory: the file of {here['config']['network']['factory']} is another now"),
+    ):
+        if not lines and there.get(key) and here.get(key) and there[key] != here[key]:
+            lines = [line]
     return lines
 
 

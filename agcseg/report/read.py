@@ -121,6 +121,8 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
             empty.append(f"no run to report in {folder}: looked for {Path(folder) / 'RUN'}/config.yaml and metrics.csv")
         if (Path(folder) / "metrics.csv").is_file():
             advice = "this is a single run: give its parent folder"
+        elif not found and (within := sorted({path.parent.parent for path in Path(folder).glob("*/*/metrics.csv")})):
+            advice = f"give one of the folders in it that hold runs: {', '.join(map(str, within))}"
         for run in found if len(folders) > 1 else ():
             run.name = f"{name if names.count(name) < 2 else folder}/{run.name}"
         runs += found
@@ -203,8 +205,8 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
         raise UserError(f"no folder {folder}; expected a folder of runs, such as outputs/demo; {ADVICE}")
     runs = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
         try:
+            missing = [name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file()]
             if missing == ["metrics.csv"] and (_read(path / "result.json", _result) or {}).get("state") == "diverged":
                 missing = []  # in its first epoch
             if not missing:
@@ -213,6 +215,8 @@ def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]
                 notes.append(f"{path.name} is left out: it has no {missing[0]} (perhaps it has just begun)")
         except UserError as error:
             broken.append(str(error))
+        except PermissionError:
+            broken.append(f"{path}: cannot be entered")
     return runs
 
 

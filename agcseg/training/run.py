@@ -20,7 +20,7 @@ from agcseg.data.augment import transform
 from agcseg.data.minibatches import MEAN, STD, minibatches
 from agcseg.errors import UserError, first_line
 from agcseg.figure1 import panels_of
-from agcseg.networks.foreign import Foreign
+from agcseg.networks.foreign import Foreign, digest_of_source
 from agcseg.nn import layer_signals
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.environment import environment
@@ -96,6 +96,7 @@ def run(config: Config, folder: Path) -> dict:
         )
     me = {"config": asdict(config), "processes": processes}
     me["start"] = digest_of_start(config.init_from) if config.init_from else ""
+    me["source"] = digest_of_source(config.network.factory) if config.network.factory else ""
     try:
         opened, unseen = open_wanted(config), ""
         me["data"] = opened.digests
@@ -361,6 +362,7 @@ def _result(state: State, data: Data, about: dict, device: torch.device, reason:
         "processes": about["processes"],
         "data": about["data"],
         "start": about["start"],
+        "source": about["source"],
         "torch": torch.__version__,
     }
 

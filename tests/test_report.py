@@ -170,7 +170,8 @@ def test_half_a_run_is_noted(folder, capsys):
 
 
 def test_nothing_to_report(tmp_path, folder, capsys):
-    for path, says in ((tmp_path, "no run to report"), (tmp_path / "typo", "no folder"), (folder / "bn_4", "parent")):
+    (empty := tmp_path / "empty").mkdir()
+    for path, says in ((empty, "no run to report"), (tmp_path / "typo", "no folder"), (folder / "bn_4", "parent")):
         with pytest.raises(UserError, match=says):
             read_runs(path)
         with pytest.raises(SystemExit, match="2"):

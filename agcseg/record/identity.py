@@ -64,8 +64,9 @@ def complete(settings: dict) -> dict[str, Any]:
 
 
 def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
-    """What decides the outcome of a run: its settings, those in `FREE` left out, rate and momentum as they take effect,
-    and where a norm has statistics of its minibatch, the images that they are of.
+    """What decides the outcome of a run: its settings, those in `FREE` left out, those without effect at their
+    defaults, rate and momentum as they take effect, and where a norm has statistics of its minibatch, the images that
+    they are of.
 
     Args:
         settings: a configuration as a dictionary, of this version or an older one.
@@ -82,7 +83,9 @@ def deciding(settings: dict, processes: int = 1) -> dict[str, Any]:
         found["init_from"] = str(place.parent if place.name == "last.pt" else place)
     if found["norm.name"] in OF_MINIBATCHES and not found["sync_bn"]:
         found["images per process"] = found["minibatch"] // processes
-    left_out = FREE | _idle(found)
+    usual, idle = flat(asdict(Config())), _idle(found)
+    found |= {key: usual[key] for key in idle & usual.keys()}
+    left_out = FREE | (idle - usual.keys())
     return {key: value for key, value in found.items() if key not in left_out}
 
 

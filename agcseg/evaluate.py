@@ -147,6 +147,7 @@ def confusion_figure(confusion: list[list[int]], names: tuple[str, ...], title: 
     counts = np.array(confusion, dtype=float)
     with np.errstate(invalid="ignore"):
         shares = counts / counts.sum(1, keepdims=True)
+    names, title = tuple(name.replace("$", r"\$") for name in names), title.replace("$", r"\$")  # no formulas
     side = 2.5 + 0.42 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()

@@ -57,7 +57,10 @@ def find_images(wanted: str, output: Path, say: Callable[[str], None] = print) -
     elif not glob.has_magic(str(base)):
         raise UserError(f"input={wanted}: no such file or folder")
     else:
-        paths, kinds = [Path(path) for path in sorted(glob.glob(str(base), recursive=True)) if Path(path).is_file()], ""
+        matches = [Path(path) for path in sorted(glob.glob(str(base), recursive=True)) if Path(path).is_file()]
+        # ** goes round and round where a link points to a folder above: of several ways to a file the shortest
+        nearest = sorted(matches, key=lambda path: -len(path.parts))
+        paths, kinds = sorted({path.parent.resolve() / path.name: path for path in nearest}.values()), ""
         while glob.has_magic(str(base)):
             base = base.parent
     found, paths = paths, [path for path in paths if elsewhere(path)]

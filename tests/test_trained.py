@@ -1,6 +1,7 @@
 """Trained networks in use: reading them, evaluating them, predicting pictures. Two tiny runs serve all tests."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -240,6 +241,10 @@ def test_intervals():
     assert intervals(torch.cat([wrong, torch.zeros(50)]), unlabelled, more) == (error, miou, of_classes)
 
 
+def test_confusion_figure_of_names_that_are_no_formulas():
+    confusion_figure([[1, 0], [0, 1]], ("a$^$", "b"), "$x_$").savefig(io.BytesIO())
+
+
 def test_confusion_figure_of_a_class_that_does_not_occur():
     texts = confusion_figure([[3, 1], [0, 0]], ("road", "train"), "title").axes[0].texts
     assert [text.get_text() for text in texts] == ["75", "25"]
@@ -443,6 +448,15 @@ def test_output_among_the_pictures_is_refused(tmp_path):
     for wanted in (tmp_path, tmp_path / "*.png"):
         with pytest.raises(UserError, match="all pictures there lie in the output folder"):
             find_images(str(wanted), tmp_path)
+
+
+def test_a_pattern_over_a_link_to_a_folder_above(tmp_path):
+    (tmp_path / "film/late").mkdir(parents=True)
+    for name in ("film/a.png", "film/late/b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "film/late/above").symlink_to(tmp_path / "film")
+    found = find_images(f"{tmp_path}/film/**/*.png", tmp_path / "out")
+    assert sorted(found) == ["a", "late/b"]
 
 
 def test_two_pictures_for_one_name(tmp_path):

@@ -71,8 +71,8 @@ written:
   eval-DATA-SPLIT-RESOLUTION.json   every figure below, its interval, and the confusion matrix in pixels
   eval-DATA-SPLIT-RESOLUTION.png    the confusion matrix
 DATA is the data set's name; of another folder than the run's, with that folder's name, and of other patterns with
-these too. With images=N the names end in
--Nimages, with checkpoint=best in -best. In a folder given by output= they begin with the run's name.
+these too. With images=N the names end in -Nimages, with checkpoint=best in -best. In a folder given by output= they
+begin with the run's name.
 
 Intervals are 95 %, by the bootstrap over images: how far a figure depends on the choice of images, not how it varies
 from one training to the next.
@@ -152,16 +152,10 @@ def _data(trained: Trained, keys: dict) -> tuple[DataConfig, Layout, Path, str]:
     layout, root = find_data(data, lambda line: None, known)
     root = root.resolve()
     others = [where[key] for key in ("images", "labels") if where[key] != getattr(own.folder, key)]
-    if (
-        others and own.name == data.name == "folder" and root == its
-    ):  # other files than the run's, of which it chose no part
+    if others and own.name == data.name == "folder" and root == its:  # files of which the run chose no part
         data = replace(data, train_images=None, val_images=None, val_share=None)
-        return (
-            data,
-            layout,
-            root,
-            "-".join([data.name, root.name, *(re.sub(r"[^\w.-]+", "_", one).strip("_") for one in others)]),
-        )
+        patterns = [re.sub(r"[^\w.-]+", "_", one).strip("_") for one in others]
+        return data, layout, root, "-".join([data.name, root.name, *patterns])
     elsewhere = keys["data"] in (None, own.name) and (its is None or its.exists())  # else it may have moved
     if not keys["data.root"] or its == root or (root.name.lower() == data.name and not elsewhere):
         return data, layout, root, data.name

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from agcseg.data.labels import IGNORE
-from agcseg.data.layout import Layout, Sample, load, mixed
+from agcseg.data.layout import Layout, Sample, labels_of, load
+from agcseg.data.masks import mixed
 from agcseg.data.pictures import each
 from agcseg.errors import FileError, UserError, by_cause, first_line
 
@@ -244,7 +245,7 @@ def _build(
             os.utime(temporary)  # a sign of life, see `locked`
             return None
 
-        problems: list[UserError] = [*mixed(samples, layout.classes, others)]
+        problems: list[UserError] = [*mixed(labels_of(samples), layout.classes, labels_of(others))]
         problems += [error for error in progress(each(convert, range(len(samples))), len(samples)) if error]
         if problems:
             lines = [f"{len(problems)} of {len(samples)} samples cannot be used:", *by_cause(problems)]

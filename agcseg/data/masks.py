@@ -72,7 +72,7 @@ def _repainted(palettes: dict[Path, bytes], classes: Classes) -> list[FileError]
             colors.setdefault(number, Counter())[color] += 1
     usual = {number: max(sorted(found), key=lambda color: found[color]) for number, found in colors.items()}
     cause = "its palette gives its numbers other colours than most label files give them, so they may be others"
-    advice = "store all as RGB, or all with one palette"
+    advice = "store all with one palette, or without one as the numbers that are meant"
     errors = []
     for path, its in painted.items():
         at = next((number for number in its if its[number] != usual[number]), None)

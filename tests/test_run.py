@@ -148,6 +148,8 @@ def files(folder):
             left[path.name] = untimed(folder)
         elif path.name == "result.json":
             left[path.name] = json.loads(path.read_text()) | dict.fromkeys(TIMED)
+        elif path.name == "environment.json":  # somebody may edit or commit while the tests run
+            left[path.name] = json.loads(path.read_text()) | dict.fromkeys(("commit", "clean"))
         elif path.is_file() and "tfevents" not in path.name and path.name not in ("run.log", ".lock"):
             left[path.name] = path.read_bytes()
     return left | points(folder) | {f"by samples: {tag}": found for tag, found in points(folder / "samples").items()}

@@ -15,7 +15,7 @@ unpooling in front of it is a function of the pooled-size map and those bytes, s
 cheap unit in front (`stem`) is rebuilt in the same way.
 
 Where the convolution is not at hand, `agc_relu` does the same for AGC and ReLU alone. Outputs of no more than SMALL
-numbers get the formula itself, on a CPU: there the calls cost more time than the memory is worth.
+numbers get few of torch's own operations, on a CPU: there the calls cost more time than the memory is worth.
 """
 
 from collections.abc import Sequence
@@ -290,14 +290,16 @@ def _only_once(what: str, remedy: str) -> None:
 
 
 class AGCReLU2d(AGC2d):
-    """AGC2d followed by ReLU, for networks whose convolutions stay as they are: `agc_relu` with its parameters."""
+    """AGC2d followed by ReLU, for networks whose convolutions stay as they are: `agc_relu` with its parameters, which
+    says what is kept for backward, and that there is no second derivative."""
 
     def forward(self, input: Tensor) -> Tensor:
         return agc_relu(input, self.weight, self.bias, self.mean_scale)
 
 
 def agc_relu(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tensor:
-    """relu(agc(input)), keeping only its output, which the next layer keeps anyway, and the mean of each map.
+    """relu(agc(input)), keeping only its output, which the next layer keeps anyway, and the mean of each map; on a CPU
+    of outputs of no more than SMALL numbers the input too.
 
     With y the output, g = dy·[y > 0], s a map's sum of g and M its positions: dβ = Σ_n s, dγ = (Σ g·y - β·dβ)/γ,
     dλ = -γ·Σ_n mean(z)·s, dz = γ·(g - λ·s/M). Where some |γ| is too small to divide by (below 1e-6 or 1e-3 of |β|; of

@@ -86,7 +86,8 @@ def make_figure1(
                     "val_loss": loss(of) * error / 20 * (1 + 0.01 * noise * rng.standard_normal()),
                     "pixel_error": error / 100, "pixel_error_all": error / 99, "miou": 0.5, "gradient_norm": 1.0,
                     "images_per_second": speed(of) * (1 + 0.01 * rng.standard_normal()), "seconds": 10.0 * epoch,
-                    "peak_memory_mib": memory(of),
+                    "peak_memory_mib": memory(of), "training_memory_mib": memory(of),
+                    "kept_for_backward_mib": memory(of),
                 }
                 for epoch, error in enumerate(errors[:ended], start=1)
             ]  # fmt: skip

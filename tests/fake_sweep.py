@@ -56,6 +56,7 @@ def make_run(path, changes, seed, epochs, error, reached=None, device="Some GPU"
             "epoch": epoch, "samples": 100 * epoch, "rate": 0.08, "train_loss": value / 50, "val_loss": value / 50,
             "pixel_error": value / 100, "pixel_error_all": value / 100, "miou": 1 - value / 100, "gradient_norm": 1.0,
             "images_per_second": 100.0, "seconds": 10.0 * epoch, "peak_memory_mib": 500.0,
+            "training_memory_mib": 500.0, "kept_for_backward_mib": 500.0,
         }
         for epoch, value in enumerate(errors, start=1)
     ]  # fmt: skip

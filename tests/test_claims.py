@@ -310,6 +310,24 @@ def test_levels_of_both_networks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("column", "against"),
+    [
+        ("training_memory_mib", ["peak memory that training adds, AGC ÷ BN"]),
+        ("kept_for_backward_mib", ["memory kept for backward, AGC ÷ BN"]),
+        ("peak_memory_mib", []),  # of the whole process: decides nothing
+    ],
+)
+def test_each_kind_of_memory_must_be_less(tmp_path, column, against):
+    make_figure1(tmp_path, runs=FAST, seeds=(1, 2), epochs=12)
+    runs = read_runs(tmp_path)
+    for run in runs:
+        run.metrics[column] = 1000.0
+    answer = verdicts(cells(runs)[0])[6]
+    assert [part.what.rpartition(": ")[2] for part in answer.parts if part.verdict == NO] == against
+    assert len(answer.parts) == 3 and answer.verdict == (NO if against else YES)
+
+
+@pytest.mark.parametrize(
     ("runs", "change", "says"),
     [
         ("segnet-agc-*", ("minibatch:", "graph: true\nminibatch:"), "the runs differ in graph: False, True"),

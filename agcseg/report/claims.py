@@ -159,14 +159,12 @@ def _sides(cells: Cells, figure1: bool) -> dict[str, list[tuple]]:
         agc = [of for of in cells if of.norm == "agc"]
         timed = alike = [pair for pair in pairs(agc) if pair[2] in cells]
     others = [best._replace(rate=rate) for rate in (0.08, 0.32, 0.64)]
-    seeds = [(pair, [run for of in pair[1:] for run in cells.get(of, {}).values()]) for pair in timed]
-    new = [pair for pair, runs in seeds if any(math.isfinite(compare.memory(run)) for run in runs)]
     return {
         "agc, bn": alike, "bn, agc": [(where, bn, agc) for where, agc, bn in alike],
         "agc scaled": [scaled("agc", one, four), scaled("agc", eight, four), scaled("agc", one, eight)],
         "bn scaled": [scaled("bn", one, four)], "agc": [(f"{compare.label(of)}: ", of) for of in agc],
         "rates": [(f"SegNet AGC, error at rate {of.rate:g} − 0.16, points", of, best) for of in others],
-        "timed": timed, "memory": new, "older memory": [pair for pair in timed if pair not in new],
+        "timed": timed,
     }  # fmt: skip
 
 
@@ -238,8 +236,6 @@ def _ratio(measure: Callable[[Run], float], agc: Seeds, bn: Seeds) -> Estimate:
         weak = f"fewer than {FEWEST_EPOCHS} epochs were timed"
     elif timed:
         weak = compare.unsteady(runs[::2]) or compare.unsteady(runs[1::2])
-    if measure is OLDER and any(run.device.startswith("CPU") for run in runs):
-        weak = "older runs measured the whole process, Python and torch included"
     if timed and len(ratios) == 1:
         samples = [compare.speeds(run)[-epochs:] for run in runs]
         low, high = compare.bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), *samples)
@@ -362,7 +358,7 @@ LOSSES = partial(
     gap=compare.relative,
     resample=compare.by_images("loss", compare.relative),
 )
-TRAINING, KEPT, OLDER = (partial(compare.memory, of=kind) for kind in ("training", "kept", "process"))
+TRAINING, KEPT = (partial(compare.memory, of=kind) for kind in ("training", "kept"))
 EQUAL, WORSE, ABOVE_0 = "within the margin", "beyond the margin", (0, math.inf)
 FAST, LIGHT = (FASTER, math.inf), (-math.inf, LIGHTER)
 # each with its parts: what is compared (of `_sides`), what is measured, how, the band for it, its format
@@ -384,7 +380,6 @@ CLAIMS: tuple[tuple[Any, ...], ...] = (
      ("agc", "correlation of λ with depth", partial(_lambdas, "correlation"), ABOVE_0, ".2f")),
     ("AGC is faster and takes significantly less memory",
      ("timed", "images/s, AGC ÷ BN (paper: 1.3 at minibatch 8)", partial(_ratio, compare.speed), FAST, ".2f"),
-     ("memory", "peak memory that training adds, AGC ÷ BN", partial(_ratio, TRAINING), LIGHT, ".2f"),
-     ("memory", "memory kept for backward, AGC ÷ BN", partial(_ratio, KEPT), LIGHT, ".2f"),
-     ("older memory", "peak memory of the process, AGC ÷ BN", partial(_ratio, OLDER), LIGHT, ".2f")),
+     ("timed", "peak memory that training adds, AGC ÷ BN", partial(_ratio, TRAINING), LIGHT, ".2f"),
+     ("timed", "memory kept for backward, AGC ÷ BN", partial(_ratio, KEPT), LIGHT, ".2f")),
 )  # fmt: skip

@@ -249,7 +249,7 @@ def unsteady(runs: Iterable[Run]) -> str:
 
 
 def memory(run: Run, of: str = "training") -> float:
-    """MiB; nan for a run that is older than the figure.
+    """MiB; nan where it was not measured.
 
     Args:
         of: "training": peak of what training adds to the idle network; "kept": for backward in a step; "process": peak

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +186,7 @@ def settings_table(groups: Settings) -> pd.DataFrame:
         ).transform(best)
         table[heading] = [f"**{t}**" if top and len(names) > 1 else t for t, top in zip(texts, tops, strict=True)]
     speed, memory, _ = costs_compared(groups)
-    used = partial(compare.memory, of=_memory_of(groups))
-    for heading, cost, digits in [("img/s", compare.speed, 1)] * speed + [("MiB", used, 0)] * memory:
+    for heading, cost, digits in [("img/s", compare.speed, 1)] * speed + [("MiB", compare.memory, 0)] * memory:
         costs = pd.Series([cost(groups[name][seed]) for name, seed in values.index], values.index)
         costs = costs.groupby("setting").mean().reindex(names)
         table[heading] = [f"{cost:.{digits}f}" if math.isfinite(cost) else "" for cost in costs]
@@ -231,19 +229,11 @@ def costs_compared(groups: Settings) -> tuple[bool, bool, str]:
     why = compare.unlike(sum(seeds, [])) if any(seeds) else "no run has finished"
     if why:
         return False, False, f"Speed and memory are not compared: {why}."
-    which = "peak memory that training adds"
-    if _memory_of(groups) == "process":
-        which = "peak memory of the process (older runs recorded no other)"
+    memory = "MiB: peak memory that training adds."
     varied = next(filter(None, map(compare.unsteady, seeds)), "")
     if varied or not any(len(compare.speeds(run)) for runs in seeds for run in runs):
-        return False, True, f"MiB: {which}. Speed is not compared{f': {varied}' if varied else ''}."
-    return True, True, f"img/s: median; MiB: {which}."
-
-
-def _memory_of(groups: Settings) -> str:
-    runs = [run for run in all_runs(groups) if run.state == "finished"]
-    new = all(math.isfinite(compare.memory(run)) for run in runs)
-    return "training" if new else "process"
+        return False, True, f"{memory} Speed is not compared{f': {varied}' if varied else ''}."
+    return True, True, f"img/s: median; {memory}"
 
 
 def _spreads(values: pd.Series, names: list[str], digits: int, sign: str = "") -> list[str]:

@@ -87,10 +87,10 @@ def cells(runs: list[Run]) -> tuple[Cells, list[str]]:
 
 def keep(seeds: Seeds, run: Run, notes: list[str]) -> None:
     """Of two runs with the same settings and seed, the one that went further stays."""
-    other = seeds.setdefault(run.seed or 0, run)
+    other = seeds.setdefault(run.seed, run)
     if other is not run:
         best, rest = sorted((other, run), key=lambda r: (r.state == "unfinished", -r.last_epoch))
-        seeds[run.seed or 0] = best
+        seeds[run.seed] = best
         notes.append(f"not compared, since {best.name} has the same settings and seed: {rest.name}")
 
 

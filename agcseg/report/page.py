@@ -323,7 +323,7 @@ def reached_table(cells: Cells) -> pd.DataFrame:
 def summarise(run: Run) -> dict:
     """One row of report.csv: settings, and what the run reached on the validation images.
 
-    Errors and mIoU are fractions, what was not measured is None; epoch 0, the untrained network, counts nowhere.
+    Errors and mIoU are fractions, what was not measured is None.
     """
     errors, last = run.column("pixel_error").where(np.isfinite), run.last_epoch
     row = {

@@ -26,7 +26,7 @@ NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", 
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC", "none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}  # fmt: skip
 ADVICE = "make runs with: agcseg-train -m experiment=demo"
-NEEDED = ("network.name", "norm.name", "data.name", "data.size", "minibatch", "epochs")
+NEEDED = ("network.name", "network.width", "norm.name", "data.name", "data.size", "minibatch", "epochs", "seed")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
@@ -43,18 +43,18 @@ class Run:
     name: str
     path: Path
     network: str
-    width: float | None
+    width: float
     norm: str
     minibatch: int
     rate: float  # the effective one: agcseg.config.rate
-    seed: int | None
+    seed: int
     epochs: int  # asked for
     data: str
     size: tuple[int, int]  # height, width
     state: str  # "finished", "diverged" or "unfinished"
     reason: str
     commonest_class_error: float
-    metrics: pd.DataFrame  # the numbers of metrics.csv by epoch, from 1 on; nan where nothing was measured
+    metrics: pd.DataFrame  # the numbers of metrics.csv by epoch, 1, 2, ...; nan where nothing was measured
     settings: dict[str, Any] = field(default_factory=dict)  # of `agcseg.record.identity.complete`
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
@@ -68,7 +68,7 @@ class Run:
     @property
     def title(self) -> str:
         """What the runs of one panel have in common, such as "SegNet, width 0.25, streets 64x128, 10 epochs"."""
-        network = NAMES.get(self.network, self.network) + ("" if self.width is None else f", width {self.width:g}")
+        network = f"{NAMES.get(self.network, self.network)}, width {self.width:g}"
         return f"{network}, {NAMES.get(self.data, self.data)} {self.size[0]}x{self.size[1]}, {self.epochs} epochs"
 
     @property
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def last_epoch(self) -> int:
-        return int(self.metrics.index.max()) if len(self.metrics) else 0
+        return len(self.metrics)
 
     def column(self, key: str) -> pd.Series:
         """One column of metrics.csv by epoch; nan where nothing was measured."""
@@ -137,7 +137,7 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     if any(len(its) > 1 for its in places.values()):
         for run in runs:
             run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
-    runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed or 0, r.name))
+    runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed, r.name))
     return runs, broken, empty + notes
 
 
@@ -306,18 +306,14 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
     height, width = settings["data.size"]
     return Run(
         name=path.name, path=path, network=str(settings["network.name"]), norm=str(settings["norm.name"]),
-        width=_or(settings.get("network.width"), float, None), minibatch=minibatch, epochs=epochs,
-        rate=float(deciding(given, processes)["rate"]), seed=_or(settings.get("seed"), int, None),
+        width=float(settings["network.width"]), minibatch=minibatch, epochs=epochs,
+        rate=float(deciding(given, processes)["rate"]), seed=int(settings["seed"]),
         data=str(settings["data.name"]), size=(int(height), int(width)), state=result["state"],
         reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, words=describe(given, processes),
-        commonest_class_error=_or(result.get("commonest_class_error"), float, math.nan),
+        commonest_class_error=float(result.get("commonest_class_error", math.nan)),
         device=str(result.get("device") or ""),
         digests=tuple(str(digest) for split, digest in (result.get("data") or {}).items() if split != "classes"),
     )  # fmt: skip
-
-
-def _or(value: Any, kind: Callable, otherwise: Any) -> Any:
-    return otherwise if value is None else kind(value)
 
 
 def _result(file: Path) -> dict:
@@ -326,8 +322,7 @@ def _result(file: Path) -> dict:
         raise ValueError('"state" is neither "finished" nor "diverged"')
     if not isinstance(result.get("data") or {}, dict):
         raise ValueError('"data" is no mapping')
-    if result.get("commonest_class_error") is not None:
-        float(result["commonest_class_error"])
+    float(result.get("commonest_class_error", math.nan))  # here, where the error names this file
     return result
 
 
@@ -358,11 +353,11 @@ def _table(file: Path, numbers: Collection[str], *needed: str) -> pd.DataFrame:
 
 def _metrics(file: Path) -> pd.DataFrame:
     table = _table(file, COLUMNS, "epoch", "pixel_error", "val_loss")
-    if table.epoch.isna().any():
-        raise ValueError(f"line {int(table.epoch.isna().argmax()) + 2}: no epoch")
-    later = table.epoch[::-1].cummin()[::-1].shift(-1)
-    table = table[~(table.epoch >= later)]  # a resumed run goes through some epochs again
-    return table[table.epoch >= 1].astype({"epoch": int}).set_index("epoch")
+    wrong = table.epoch != np.arange(1, len(table) + 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"line {row + 2}: epoch {table.epoch[row]:g}, expected {row + 1}")
+    return table.astype({"epoch": int}).set_index("epoch")
 
 
 def _steps(file: Path) -> np.ndarray:
@@ -379,13 +374,14 @@ def _steps(file: Path) -> np.ndarray:
 
 def _layers(file: Path) -> pd.DataFrame | None:
     table = _table(file, ("epoch", "num_features", *LAMBDA), "epoch", "layer", "role", "num_features", *LAMBDA)
-    table = table[table.lambda_mean.notna()].drop_duplicates(["epoch", "layer"], keep="last").astype({"epoch": int})
+    table = table[table.lambda_mean.notna()].astype({"epoch": int})
     if not len(table):
         return None  # a norm without λ
-    layers = table.pivot(index="epoch", columns=["layer", "role"])
     order = pd.MultiIndex.from_frame(table.loc[table.epoch == table.epoch.max(), ["layer", "role"]])
-    if len(table) != len(layers) * len(order):
-        raise ValueError(f"expected {len(order)} layers in each of {len(layers)} epochs, found {len(table)} rows")
+    epochs = table.epoch.nunique()
+    if len(table) != epochs * len(order):
+        raise ValueError(f"expected {len(order)} layers in each of {epochs} epochs, found {len(table)} rows")
+    layers = table.pivot(index="epoch", columns=["layer", "role"])
     return pd.concat({key: layers[key][order] for key in ("num_features", *LAMBDA)}, axis=1)
 
 

@@ -266,9 +266,8 @@ def combine(answers: list[str]) -> str:
 
 
 def step_losses(run: Run, epoch: int) -> np.ndarray:
-    """(epochs, steps): training losses up to an epoch, without the epochs that were not recorded."""
-    losses = np.empty((0, 0)) if run.steps is None else run.steps[:epoch]
-    return losses[np.isfinite(losses).all(1)]
+    """(epochs, steps): training losses up to an epoch; (0, 0) where none are recorded."""
+    return np.empty((0, 0)) if run.steps is None else run.steps[:epoch]
 
 
 def spikes(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -328,7 +327,7 @@ def lambdas(run: Run) -> dict[str, float]:
 
     Returns:
         "inside": share of all filters with λ in [0, 2]; "moved": how far the 5 % or the 95 % quantile went from its
-        start, in the median layer, nan if that is unknown. Of SegNet and ClassNet also "deepest": mean over the layers
+        start, in the median layer. Of SegNet and ClassNet also "deepest": mean over the layers
         on the smallest maps; "last": over those before the classes, which are the decoder's at full resolution and the
         head where it has a norm, nan if there are none; "correlation" of a layer's mean with its level, 0 where all are
         the same.
@@ -337,7 +336,7 @@ def lambdas(run: Run) -> dict[str, float]:
     means, away = end["lambda_mean"], (end - run.layers.iloc[0]).abs()
     found = {
         "inside": np.average(end["lambda_inside"], weights=end["num_features"]),
-        "moved": np.maximum(away["lambda_q05"], away["lambda_q95"]).median() if run.layers.index[0] == 0 else math.nan,
+        "moved": np.maximum(away["lambda_q05"], away["lambda_q95"]).median(),
     }
     if run.network not in NETWORKS:  # a number in a layer's name may be that of a block
         return found

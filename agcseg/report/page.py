@@ -370,7 +370,7 @@ def lambda_starts(groups: Settings) -> Settings:
     """
 
     def followed(run: Run) -> bool:
-        return run.held and run.norm in FOLLOWED and run.layers is not None and run.layers.index[0] == 0
+        return run.held and run.norm in FOLLOWED and run.layers is not None
 
     chosen = {name: {s: run for s, run in seeds.items() if followed(run)} for name, seeds in groups.items()}
     layers = {tuple(run.lambda_means) for run in all_runs(chosen)}

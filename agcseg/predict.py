@@ -18,6 +18,7 @@ from agcseg.data.labels import CITYSCAPES, IGNORE
 from agcseg.data.pictures import each, is_picture, left_out, list_files, open_picture, read_image
 from agcseg.errors import UserError, expanded
 from agcseg.record.files import write
+from agcseg.record.pictures import png
 from agcseg.trained import Trained, logits, prediction, resized
 
 # What the Cityscapes benchmark takes: label ids, not class numbers.
@@ -141,9 +142,7 @@ def write_prediction(
 
 
 def _write_image(base: Path, what: str, image: Image.Image) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    write(base.with_name(f"{base.name}_{what}.png"), buffer.getvalue())
+    write(base.with_name(f"{base.name}_{what}.png"), png(image))
 
 
 def write_submission(folder: Path, path: Path, picture: Image.Image, classes: Tensor) -> Path:

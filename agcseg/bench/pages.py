@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from agcseg.record.files import write
+from agcseg.record.pictures import png
 
 COLUMNS = (  # key, heading, format
     ("network", "network", ""), ("variant", "variant", ""), ("minibatch", "minibatch", ""),
@@ -40,9 +41,7 @@ def write_results(
     for key, draw in (("step_ms", _bars), ("extra_flop", _frontier)):
         whole = [row for row in rows if key in row and "failed" not in row]
         if pictures and whole:
-            picture = io.BytesIO()
-            draw(whole, where).savefig(picture, format="png", dpi=110)
-            write(folder / f"{name}.png", picture.getvalue())
+            write(folder / f"{name}.png", png(draw(whole, where), dpi=110))
             return f"{name}.csv, {name}.md and {name}.png"
     return f"{name}.csv and {name}.md"
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import io
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from agcseg.errors import UserError, expanded
 from agcseg.evaluate import confusion_figure, evaluate
 from agcseg.record.checkpoint import load_checkpoint
 from agcseg.record.files import write, write_json
+from agcseg.record.pictures import png
 from agcseg.trained import Trained
 from agcseg.training.lines import progress
 from agcseg.training.machine import find_device, out_of_memory
@@ -113,13 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         best = "-best" if trained.path.name == "best.pt" else ""
         its = f"{trained.path.resolve().parent.name}-" if keys["output"] else ""  # there may be those of other runs
         base /= f"{its}eval-{known_as}-{keys['split']}-{keys['resolution']}{some}{best}"
-        picture = io.BytesIO()
         title = (
             f"{trained.config.network.name}, {trained.config.norm.name}: {layout.title}, {keys['split']}, "
             f"{len(samples)} images, in % of the true class"
         )
-        confusion_figure(figures["confusion"], layout.classes.names, title).savefig(picture, format="png", dpi=110)
-        write(Path(f"{base}.png"), picture.getvalue())
+        write(Path(f"{base}.png"), png(confusion_figure(figures["confusion"], layout.classes.names, title), dpi=110))
         write_json(Path(f"{base}.json"), {**what, **size, **figures})
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

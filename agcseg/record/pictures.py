@@ -1,6 +1,7 @@
 """Validation images as people look at them."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,7 +34,14 @@ def picture(
     return np.concatenate(np.concatenate(framed, axis=2), axis=0)
 
 
-def png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    return buffer.getvalue()
+def png(picture: Any, **options) -> bytes:
+    """The content of a PNG file.
+
+    Args:
+        picture: of Pillow, or a figure of matplotlib.
+        options: of its `save` or `savefig`, such as dpi.
+    """
+    file = io.BytesIO()
+    save = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    save(file, format="png", **options)
+    return file.getvalue()

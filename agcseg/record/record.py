@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from agcseg.figure1 import Panel
 from agcseg.record.checkpoint import save_checkpoint
@@ -43,7 +44,7 @@ class Record:
     def add(self, state, picture: np.ndarray | None, last: bool) -> None:
         """Take up the epoch that is just done."""
         if picture is not None:
-            state.picture = png(picture)
+            state.picture = png(Image.fromarray(picture))
         self.board.log(state.rows[-1], [row for row in state.layers if row["epoch"] == state.epoch], picture)
         if state.is_best:
             weights = {name: value.cpu().clone() for name, value in state.result.state_dict().items()}

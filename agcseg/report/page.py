@@ -20,6 +20,7 @@ from PIL import Image
 
 from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS
 from agcseg.record.files import write
+from agcseg.record.pictures import png
 from agcseg.report import compare, figures
 from agcseg.report.claims import MARGIN, Verdict, verdicts
 from agcseg.report.compare import MEASURES, Cells, Settings, all_runs, epoch_of, firsts, label, measured, t_interval
@@ -75,7 +76,7 @@ def write_report(
     drawn["predictions.png"], unreadable = figures.predictions(groups)
     broken = [*broken, *unreadable]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [_written(folder / name, _png(picture)) for name, picture in drawn.items() if picture]
+    paths = [_written(folder / name, png(picture)) for name, picture in drawn.items() if picture]
     content = {
         "title": folder.resolve().name, "headline": headline(runs, groups, of_paper), "broken": broken,
         "results": settings_table(groups), "answers": answers, "claims": claims_table(answers),
@@ -400,13 +401,6 @@ def _with_lambda(kept: Cells) -> list[Run]:
 
 def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
-
-
-def _png(picture) -> bytes:
-    """Of matplotlib or of Pillow."""
-    buffer = io.BytesIO()
-    (picture.save if isinstance(picture, Image.Image) else picture.savefig)(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _inline(path: Path) -> str:

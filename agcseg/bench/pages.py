@@ -1,13 +1,12 @@
 """Tables and pictures of what was measured."""
 
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from agcseg.record.files import write
+from agcseg.record.files import write, write_csv
 from agcseg.record.pictures import png
 
 COLUMNS = (  # key, heading, format
@@ -32,11 +31,7 @@ def write_results(
         the names of the files, in words; without the picture, if every case failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(folder / f"{name}.csv", text.getvalue())
+    write_csv(folder / f"{name}.csv", rows)
     write(folder / f"{name}.md", f"{where}\n\n{markdown(rows)}\n" + "".join(f"\n{note}\n" for note in notes))
     for key, draw in (("step_ms", _bars), ("extra_flop", _frontier)):
         whole = [row for row in rows if key in row and "failed" not in row]

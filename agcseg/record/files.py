@@ -44,9 +44,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """The last row names the columns; earlier ones, of an older version, may lack some."""
+    """With a column for each key; the cells of what a row lacks are empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())

@@ -16,7 +16,7 @@ from agcseg.report import by_setting, cells, read_folders, read_runs, t_interval
 from agcseg.report.compare import of_settings, reference_of
 from agcseg.report.figures import figure, lambda_starts_figure, setting_styles
 from agcseg.report.page import costs_compared, differences_table, lambda_memory, lambda_starts, settings_table
-from agcseg.report.read import NAMES, NORMS
+from agcseg.report.read import NAMES, NORM_TITLES
 
 GEMS = [{"gems.mode": mode} for mode in (None, "minibatch", "sample")]
 
@@ -298,7 +298,7 @@ def test_speed_and_memory_of_other_ways_to_compute_are_not_compared(tmp_path):
 
 
 def test_colours_stay_with_their_settings():
-    names = [NAMES.get(norm, norm) for norm in NORMS]
+    names = [NAMES.get(norm, norm) for norm in NORM_TITLES]
     all_norms = setting_styles(names)
     more = setting_styles(["BN", "layer", "no norm, init he"])
     assert more["BN"] == all_norms["BN"] and more["no norm, init he"] not in all_norms.values()

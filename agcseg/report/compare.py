@@ -19,7 +19,7 @@ from scipy import stats
 
 from agcseg.errors import UserError
 from agcseg.figure1 import RUNS, Setting
-from agcseg.report.read import NAMES, NORMS, Run, describe
+from agcseg.report.read import NAMES, NORM_TITLES, Run, describe
 
 PAIRED = {"norm", "minibatch", "rate"}  # what may differ between the two sides of a comparison
 # What the claims of the paper are about; where runs differ in more, they are judged on those like the reference.
@@ -118,7 +118,7 @@ def is_figure1(runs: list[Run], kept: Cells) -> bool:
 
 
 def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
-    """Runs by setting and seed, in the order of their names (of norms: the order of `NORMS`), and notes on twins.
+    """Runs by setting and seed, in the order of their names (of norms: the order of `NORM_TITLES`), and notes on twins.
 
     A setting is named by what differs between any of the runs, such as "instance", "background window" or
     "momentum 0.9875, rate 0.0025"; what is so in nearly all settings is said only where it is not so.
@@ -132,7 +132,7 @@ def by_setting(runs: list[Run]) -> tuple[Settings, list[str]]:
     groups: Settings = {}
     notes: list[str] = []
     names = {run.name: name(run) for run in runs}
-    for run in sorted(runs, key=lambda run: ([*NORMS, run.norm].index(run.norm), _natural(names[run.name]))):
+    for run in sorted(runs, key=lambda run: ([*NORM_TITLES, run.norm].index(run.norm), _natural(names[run.name]))):
         keep(groups.setdefault(names[run.name], {}), run, notes)
     return groups, notes
 

@@ -18,7 +18,7 @@ from agcseg.figure1 import PANELS, Panel, Setting
 from agcseg.report import compare
 from agcseg.report.claims import NOT_SUPPORTED, SUPPORTED, Verdict
 from agcseg.report.compare import SCALE, Cells, Seeds, Settings, all_runs, measured, t_interval
-from agcseg.report.read import NAMES, NORMS, Run
+from agcseg.report.read import NAMES, NORM_TITLES, Run
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # safe for the colour-blind
 LINESTYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.")
@@ -62,7 +62,7 @@ def figure(groups: Settings, reference: str) -> Figure:
         scale = y_range(runs, metric, levels)
         for i, shown in enumerate([[norm] for norm in norms] if apart else [norms]):
             part = {name: groups[name] for name, run in compare.firsts(groups).items() if run.norm in shown}
-            heading = f"{NORMS.get(shown[0], shown[0])}: {title}" if apart else title
+            heading = f"{NORM_TITLES.get(shown[0], shown[0])}: {title}" if apart else title
             axis = axes[column, i] if apart else axes[0, column]
             _draw_curves(axis, part, metric, heading, scale, styles, len(part) <= 4)
             for level in levels:
@@ -349,7 +349,7 @@ def commonest(runs: list[Run]) -> list[float]:
 
 def setting_styles(names: Sequence[str]) -> dict[str, dict]:
     """Colour and dashes of each setting: of a norm always the same, else by its place among the names."""
-    norms = [NAMES.get(norm, norm) for norm in NORMS]
+    norms = [NAMES.get(norm, norm) for norm in NORM_TITLES]
     of_norms = 2 * len({*names} & {*norms}) > len(names)
     looks = zip(dict.fromkeys([*norms * of_norms, *names]), cycle(product(LINESTYLES, COLOURS)))
     return {name: {"color": colour, "ls": dashes} for name, (dashes, colour) in looks if name in names}

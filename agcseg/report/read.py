@@ -18,15 +18,15 @@ from yaml import YAMLError
 from agcseg.errors import UserError
 from agcseg.record.identity import FREE, complete, deciding, flat
 
-NORMS = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
-         "layer": "Layer normalisation", "instance": "Instance normalisation",
-         "center": "AGC, λ fixed", "agc_std": "AGC by deviation", "mean_only": "Mean-only batch norm.",
-         "frn": "Filter response norm.", "ws": "Weight standardisation",
-         "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
+NORM_TITLES = {"bn": "Batch normalisation", "agc": "AGC", "none": "No normalisation", "group": "Group normalisation",
+               "layer": "Layer normalisation", "instance": "Instance normalisation",
+               "center": "AGC, λ fixed", "agc_std": "AGC by deviation", "mean_only": "Mean-only batch norm.",
+               "frn": "Filter response norm.", "ws": "Weight standardisation",
+               "dyt": "Dynamic tanh", "derf": "Dynamic erf"}  # fmt: skip
 NAMES = {"segnet": "SegNet", "classnet": "ClassNet", "cityscapes": "Cityscapes", "camvid": "CamVid", "bn": "BN",
          "agc": "AGC", "none": "no norm", "frn": "FRN", "ws": "WS", "dyt": "DyT", "derf": "Derf"}  # fmt: skip
 ADVICE = "make runs with: agcseg-train -m experiment=demo"
-NEEDED = ("network.name", "network.width", "norm.name", "data.name", "data.size", "minibatch", "epochs", "seed")
+REQUIRED = ("network.name", "network.width", "norm.name", "data.name", "data.size", "minibatch", "epochs", "seed")
 COLUMNS = """epoch samples rate train_loss val_loss pixel_error pixel_error_all miou gradient_norm images_per_second
 seconds peak_memory_mib training_memory_mib kept_for_backward_mib""".split()
 LAMBDA = tuple(f"lambda_{what}" for what in "mean min q05 q25 q50 q75 q95 max inside".split())
@@ -137,7 +137,9 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     if any(len(its) > 1 for its in places.values()):
         for run in runs:
             run.words["folder"] = f"folder {run.name.rpartition('/')[0]}"
-    runs.sort(key=lambda r: (r.title, [*NORMS, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed, r.name))
+    runs.sort(
+        key=lambda r: (r.title, [*NORM_TITLES, r.norm].index(r.norm), r.norm, r.minibatch, r.rate, r.seed, r.name)
+    )
     return runs, broken, empty + notes
 
 
@@ -297,7 +299,7 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
 
 
 def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
-    missing = [key for key in NEEDED if OmegaConf.select(config, key) is None]
+    missing = [key for key in REQUIRED if OmegaConf.select(config, key) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)}: missing")
     given: Any = OmegaConf.to_container(config, resolve=True)

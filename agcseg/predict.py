@@ -107,7 +107,10 @@ def predict(
     for start in range(0, len(paths), minibatch):
         good = []
         for part in each(read, paths[start : start + minibatch]):
-            skip(part) if isinstance(part, UserError) else good.append(part)
+            if isinstance(part, UserError):
+                skip(part)
+            else:
+                good.append(part)
         if good:
             small = np.stack([part[2] for part in good])
             classes, contours = logits(trained, torch.from_numpy(small).to(device))

@@ -345,7 +345,7 @@ def lambdas(run: Run) -> dict[str, float]:
     return found | {
         "deepest": means[level == level.max()].mean(),
         "last": means[classes].mean(),
-        "correlation": np.corrcoef(level, means)[0, 1] if means.std(ddof=0) > 0 < level.std() else 0.0,
+        "correlation": np.corrcoef(level, means)[0, 1] if means.std(ddof=0) > 0 and level.std() > 0 else 0.0,
     }
 
 

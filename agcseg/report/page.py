@@ -62,9 +62,10 @@ def write_report(
     folder, (runs, broken, notes) = Path(folder), found or read_folders(folder)
     groups, twins = compare.by_setting(runs)
     kept, apart = compare.cells(runs)
-    base, of_paper, alike = compare.reference_of(groups, reference), compare.is_figure1(runs, kept), False
-    if compare.of_settings(runs) and not of_paper or reference is not None:
-        alike, of_paper = True, False
+    base = compare.reference_of(groups, reference)
+    of_paper = reference is None and compare.is_figure1(runs, kept)
+    alike = not of_paper and (reference is not None or compare.of_settings(runs))
+    if alike:
         kept, apart = compare.cells(compare.like(runs, firsts(groups)[base]))
     notes = [*notes, *dict.fromkeys(twins + apart)]
     answers = verdicts(kept, margin, of_paper)
@@ -151,7 +152,7 @@ def headline(runs: list[Run], groups: Settings, of_paper: bool) -> str:
     stuck = {name: sum(map(_learnt_nothing, seeds.values())) for name, seeds in groups.items()}
     where = "; ".join(f"{name} ({number} of {len(groups[name])})" for name, number in stuck.items() if number)
     texts += [f"Runs that were never better, and learnt nothing, but count in the means: {where}."] * bool(where)
-    texts += ["One seed does not say how much of a difference is chance."] * (len(seeds) == 1 < len(groups))
+    texts += ["One seed does not say how much of a difference is chance."] * (len(seeds) == 1 and len(groups) > 1)
     return " ".join(texts)
 
 
@@ -376,7 +377,7 @@ def lambda_starts(groups: Settings) -> Settings:
     chosen = {name: {s: run for s, run in seeds.items() if followed(run)} for name, seeds in groups.items()}
     layers = {tuple(run.lambda_means) for run in all_runs(chosen)}
     starts = {round(float(run.lambda_means.iloc[0].mean()), 3) for run in all_runs(chosen)}
-    return {name: seeds for name, seeds in chosen.items() if seeds} if len(layers) == 1 < len(starts) else {}
+    return {name: seeds for name, seeds in chosen.items() if seeds} if len(layers) == 1 and len(starts) > 1 else {}
 
 
 def lambda_memory(groups: Settings) -> float:

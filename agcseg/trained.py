@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agcseg.config import Config, build_network
-from agcseg.data import LAYOUTS
-from agcseg.data.labels import IGNORE, Classes, some_color
+from agcseg.data.labels import Classes
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError, expanded, first_line
 from agcseg.networks import Network
@@ -57,10 +56,9 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
     if missing:
         raise UserError(f"{path}: is not a checkpoint of agcseg-train: it lacks {', '.join(missing)}")
     try:
-        config = _config(saved)
-    except OmegaConfBaseException as error:
+        config, classes = _config(saved), Classes.from_dict(saved["classes"])
+    except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: was written by another version of agcseg ({first_line(error)})") from None
-    classes = _classes(saved["classes"], config.data.name)
     if saved["normalisation"] != {"mean": list(MEAN), "std": list(STD)}:
         raise UserError(
             f"{path}: its images were normalised by {saved['normalisation']}, those of this version by mean "
@@ -81,17 +79,6 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
 def _config(saved: dict) -> Config:
     """Of a checkpoint; keys that the run is older than have their default."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved["config"])))
-
-
-def _classes(saved: dict | list, data: str) -> Classes:
-    """Of a checkpoint. Older ones hold the names alone, and are of a data set whose table is known."""
-    if isinstance(saved, dict):
-        return Classes.from_dict(saved)
-    known = LAYOUTS[data].classes if data in LAYOUTS else None
-    if known and list(known.names) == saved:
-        return known
-    numbers = {i: i for i in range(len(saved))} | {IGNORE: IGNORE}
-    return Classes(tuple(saved), tuple(map(some_color, range(len(saved)))), numbers)
 
 
 def start_from(

@@ -209,7 +209,7 @@ def test_a_kill_within_an_epoch_costs_that_epoch(tiny, tmp_path, monkeypatch):
     assert files(tmp_path / "broken") == files(tmp_path / "straight")
 
 
-def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path, monkeypatch):
+def test_interrupted_run_with_noise_and_gems_is_bit_identical(tiny, tmp_path):
     """Both go on where they were: the noise's generator and the averages of GEMS are in the checkpoint."""
     config = tiny(epochs=3, noise=NoiseConfig(0.2, 0.2), gems=GemsConfig("minibatch", ema=0.9, gate="grad"))
     run(config, tmp_path / "straight")
@@ -345,9 +345,7 @@ def test_what_makes_two_runs_the_same(tiny, monkeypatch, tmp_path):
     assert differ(tiny(init_from="a/run"), tiny(init_from="b/run")) and differ(tiny(), tiny(init_from="b/run"))
     assert differ(bn, bn, (2, 1)) == ["images per process: 2 there, 4 here"] and not differ(plain, plain, (2, 1))
     assert not differ(*2 * [tiny("bn", sync_bn=True)], (2, 1)) and not differ(bn, bn, (None, 2))
-    assert differ(plain, bn)[-1] == "norm.name: agc there, bn here" or "norm.name: agc there, bn here" in differ(
-        plain, bn
-    )
+    assert "norm.name: agc there, bn here" in differ(plain, bn)
     for values in ({"seed": 2}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"accumulate": 2}):
         assert len(differ(plain, tiny(**values))) == 1
 
@@ -455,15 +453,6 @@ def test_data_that_are_gone_are_not_looked_at(tiny, tmp_path, caplog):
     assert f"nothing left to do; trained on {config.data.root}, not looked at now" in caplog.text
     with pytest.raises(UserError, match="was looked for"):
         run(replace(config, epochs=2), tmp_path / "run")
-
-
-def test_a_checkpoint_without_digests_is_compared_by_its_histogram(tiny, tmp_path):
-    run(tiny(epochs=1), tmp_path / "run")
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    del saved["data"]
-    torch.save({**saved, "histogram": [1] * 19}, tmp_path / "run/last.pt")
-    with pytest.raises(UserError, match="images or their labels are others"):
-        run(tiny(epochs=2), tmp_path / "run")
 
 
 def test_a_run_without_its_checkpoint_is_not_written_over(tiny, tmp_path):
@@ -604,7 +593,7 @@ def test_accumulation_gives_the_same_gradient(tiny, accumulate):
         assert (a - b).norm() <= 1e-6 * a.norm()
 
 
-def test_weight_decay_spares_the_gains(tiny, tmp_path):
+def test_weight_decay_spares_the_gains():
     network = build("segnet", norm="agc", width=0.1)
     filters, vectors = parameter_groups(network, 0.1)
     assert filters["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
@@ -659,7 +648,7 @@ def test_a_run_of_figure_1_is_in_its_panels_only(tiny, tmp_path):
     ]
 
 
-def test_memory_is_what_training_adds(tmp_path):
+def test_memory_is_what_training_adds():
     """On the CPU above the process before the network was built; bytes kept for backward by hand."""
     held = [torch.ones(2**20) for _ in range(50)]  # 200 MiB that are not the training's
     device = torch.device("cpu")

@@ -111,9 +111,8 @@ def differences(there: dict, here: dict) -> list[str]:
 
     Args:
         there, here: "config", a configuration as a dictionary; "processes"; "data", split -> digest of its images as
-            they are used, and the names of the "classes"; "histogram", labelled pixels of each class in training;
-            "start", a digest of what `init_from` names; "source", of the file of `network.factory`. What one of them
-            lacks, being older, is not compared.
+            they are used, and the names of the "classes"; "start", a digest of what `init_from` names; "source", of the
+            file of `network.factory`. What one of them lacks, being older, is not compared.
     """
     # Where it is not known how many processes there were, it is taken to be as many.
     old, new = (deciding(run["config"], run.get("processes") or here["processes"]) for run in (there, here))
@@ -124,9 +123,8 @@ def differences(there: dict, here: dict) -> list[str]:
     classes = [data.pop("classes", None) for data in (old, new)]
     if not lines and all(classes) and classes[0] != classes[1]:
         lines = [f"classes: {', '.join(classes[0])} there, {', '.join(classes[1])} here"]
-    for its, mine in ((old, new), (there.get("histogram"), here.get("histogram"))):
-        if not lines and its and mine and its != mine:
-            lines = ["the images or their labels are others"]
+    if not lines and old and new and old != new:
+        lines = ["the images or their labels are others"]
     for key, line in (
         ("start", f"init_from: {here['config']['init_from']} holds other weights now"),
         ("source", f"network.factory: the file of {here['config']['network']['factory']} is another now"),

@@ -31,7 +31,7 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path, state, about: dict, panels: list[Panel], save_every: float, sizes: dict[str, int] | None
+        self, folder: Path, state, about: dict, panels: list[Panel], save_every: float, sizes: dict[str, int]
     ) -> None:
         self.folder, self.about, self.save_every = folder, about, save_every
         if state.epoch:

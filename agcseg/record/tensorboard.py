@@ -23,18 +23,16 @@ class TensorBoard:
         folder: of the run.
         epoch, samples: that are done.
         panels: of Figure 1, that show the run.
-        sizes: of the event files when those were done (see `sizes`), to which they are cut. None if a checkpoint does
-            not tell: then the points that follow are marked as overwritten only.
+        sizes: of the event files when those were done (see `sizes`), to which they are cut.
     """
 
-    def __init__(
-        self, folder: Path, epoch: int, samples: int, panels: list[Panel], sizes: dict[str, int] | None
-    ) -> None:
+    def __init__(self, folder: Path, epoch: int, samples: int, panels: list[Panel], sizes: dict[str, int]) -> None:
         self.folder = folder
-        if sizes is not None:
-            for path in self._files():
-                size = sizes.get(str(path.relative_to(folder)), 0)
-                os.truncate(path, min(size, path.stat().st_size)) if size else path.unlink()
+        for path in self._files():
+            if size := sizes.get(str(path.relative_to(folder)), 0):
+                os.truncate(path, min(size, path.stat().st_size))
+            else:
+                path.unlink()
         # A TensorBoard that is looking on has points in its memory, and drops these when told to.
         purge = (epoch + 1, samples + 1) if epoch else (None, None)
         self.epochs = SummaryWriter(str(folder), purge_step=purge[0])

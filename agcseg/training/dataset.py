@@ -36,7 +36,6 @@ class Data(NamedTuple):
     """What a run trains on and is judged by.
 
     Attributes:
-        pixels: of each class in the training images.
         weighting: of the classes in the loss, see `agcseg.class_weights.describe`.
         weights: the same as a tensor, (classes,), on the device.
         constant_error: validation pixel error of always naming the commonest class.
@@ -46,7 +45,6 @@ class Data(NamedTuple):
     layout: Layout
     train: Split
     val: Split
-    pixels: list[int]
     weighting: dict
     weights: Tensor
     constant_error: float
@@ -88,4 +86,4 @@ def on_device(config: Config, opened: Opened, device: torch.device) -> Data:
     constant = constant_error(commonest, val, len(pixels), device)
     cache = cached["train"].folder
     name = f"{cache.name}-{config.class_weights}-{len(train)}-choice{config.data.choice_seed}.json"
-    return Data(layout, train, val, pixels, weighting, weights, constant, cache.with_name(name))
+    return Data(layout, train, val, weighting, weights, constant, cache.with_name(name))

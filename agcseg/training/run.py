@@ -129,7 +129,7 @@ def _train(config: Config, folder: Path, device: torch.device, me: dict, data: D
     first = parallel.rank() == 0
     watched = next(iter(minibatches(data.val, SIGNAL_IMAGES, device)))[0] if first else None
     normalisation, classes = {"mean": list(MEAN), "std": list(STD)}, data.layout.classes.to_dict()
-    about = me | {"classes": classes, "histogram": data.pixels, "normalisation": normalisation}
+    about = me | {"classes": classes, "normalisation": normalisation}
     sizes = _go_on_or_start(config, folder, state, about, watched)
     begun = parallel.from_first(state.epoch)
     if begun != state.epoch:
@@ -237,7 +237,7 @@ def _steps(config, state: State, data: Data, train, device, bar: Bar) -> tuple[T
             state.average.update_parameters(network)
         if step == len(losses) or (epoch == 1 and step.bit_count() == 1):  # λ moves most at first
             lambdas[(epoch - 1) * len(losses) + step] = lambdas_of(network)
-        if step == 1 < len(losses) and device.type == "cuda":
+        if step == 1 and len(losses) > 1 and device.type == "cuda":
             reset_peak_memory(device)  # cuDNN tried its algorithms, with workspace that no later step takes
         # Looking at the loss waits for the device: every step on the CPU, now and then on a GPU.
         if device.type == "cpu" or step % 50 == 0 or step == len(losses):
@@ -259,7 +259,7 @@ def _augment(config: Config) -> Callable | None:
     return transform((height, width), **options)
 
 
-def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, watched: Tensor | None) -> dict | None:
+def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, watched: Tensor | None) -> dict[str, int]:
     """Bring the state to where the run stands.
 
     Returns:
@@ -276,7 +276,7 @@ def _go_on_or_start(config: Config, folder: Path, state: State, about: dict, wat
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             why = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: is not the checkpoint of this run ({why}); resume=false starts afresh") from None
-        return saved.get("events")
+        return saved["events"]
     expect_checkpoint(folder)
     if config.init_from:
         log.info(start_from(state.network, config.init_from, config.norm.name, about["classes"]["names"]))
@@ -301,7 +301,7 @@ def _describe_layers(state: State, epoch: int, watched: Tensor) -> None:
             )
 
 
-def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict | None) -> Any:
+def _recorded(config, folder: Path, state: State, data: Data, device, about: dict, sizes: dict[str, int]) -> Any:
     """The record, which process 0 keeps; None in the others."""
     if parallel.rank() > 0:
         return contextlib.nullcontext()

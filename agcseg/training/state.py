@@ -69,8 +69,8 @@ class State:
         return last < min(before, default=math.inf)
 
     def last(self, key: str) -> float:
-        """A figure of the last epoch."""
-        return self.rows[-1].get(key, 0) if self.rows else 0  # a run may be older than a figure
+        """A figure of the last epoch, 0 before the first."""
+        return self.rows[-1][key] if self.rows else 0
 
     def saved(self) -> dict:
         """For a checkpoint: tensors and plain Python values."""
@@ -91,7 +91,7 @@ class State:
         }
 
     def load(self, saved: dict) -> None:
-        """Go back, or on, to a checkpoint. One that an older version wrote may lack what only describes the run."""
+        """Go back, or on, to a checkpoint."""
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.schedule:
@@ -103,13 +103,10 @@ class State:
         if self.noise and list(map(len, saved["noise"])) == [len(self.noise.get_state())] * parallel.world():
             self.noise.set_state(saved["noise"][parallel.rank()])
         if self.gems:
-            self.gems.averages = saved.get("gems") or {}
-        self.rows, self.layers, self.images = saved["rows"], saved.get("layers", []), saved.get("images", [])
-        for step, at in saved.get("lambdas", {}).items():
-            self.lambdas[step] = torch.cat([*at.values(), torch.empty(0)]) if isinstance(at, dict) else at
-        unknown = torch.full((self.epoch, *self.losses.shape[1:]), torch.nan)
-        self.losses = saved.get("losses", unknown)
-        if saved.get("picture") is not None:
+            self.gems.averages = saved["gems"]
+        self.rows, self.layers, self.images = saved["rows"], saved["layers"], saved["images"]
+        self.lambdas, self.losses = saved["lambdas"], saved["losses"]
+        if saved["picture"] is not None:
             self.picture = saved["picture"].numpy().tobytes()
 
 

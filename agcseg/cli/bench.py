@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     variants = arguments.variants or (
         INFERENCE if arguments.inference else FRONTIER if arguments.frontier else ["bn", "agc", "none"]
     )
-    if arguments.frontier and variants[0] != "bn":  # what all are compared with
-        variants = ["bn", *variants]
+    if arguments.frontier:  # bn first: what all are compared with
+        variants = ["bn", *(variant for variant in variants if variant != "bn")]
     folded = [variant for variant in variants if variant.startswith(FOLDED)]
     if folded and not arguments.inference:
         raise UserError(f"--variants {','.join(folded)}: cannot be trained; measure them with --inference")
@@ -162,8 +163,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.budget is not None:
         return _budget(cases, arguments, where)
     if arguments.frontier:
-        rows = frontier_table(cases, lambda rows: write_results(arguments.out, rows, where, name="frontier"))
-        written = write_results(arguments.out, rows, where, name="frontier")
+        save = partial(write_results, arguments.out, where=where, name="frontier")
+        rows = frontier_table(cases, partial(save, pictures=False))
+        written = save(rows)
         print(f"{plain(rows)}\nwrote {written} into {arguments.out}")
         return int(any("failed" in row for row in rows))
     memory = not (arguments.no_memory or arguments.inference)

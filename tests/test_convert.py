@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agcseg import AGC2d, AGCReLU2d, ConvUnit, agc, agc_relu, convert_batchnorm
 from agcseg.nn.norms import NORMS
-from agcseg.nn.pairs import Deferred, PairedConv2d, agc_conv2d
+from agcseg.nn.pairs import Deferred, agc_conv2d, paired
 from agcseg.nn.unit import Geometry
 
 
@@ -578,7 +578,7 @@ def test_copies_and_files_are_converted_networks():
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert type(other.conv) is PairedConv2d and other.conv.watched == (other.norm,)
+        assert type(other.conv) is paired(nn.Conv2d) and other.conv.watched == (other.norm,)
         assert torch.equal(other(x), expected)
         other.load_state_dict(model.state_dict())
 
@@ -594,13 +594,13 @@ def test_a_second_call_and_undoing():
     second = convert_batchnorm(model)
     assert (second.replaced, second.fused, second.left) == ([], ["0.norm"], {})
     assert str(second).startswith("Sequential: nothing to replace, 1 AGC layers run as one step")
-    assert type(model[0].conv) is PairedConv2d
+    assert type(model[0].conv) is paired(nn.Conv2d)
     convert_batchnorm(model, fuse=False)
     assert type(model[0].conv) is nn.Conv2d and not hasattr(model[0].conv, "watched")
     convert_batchnorm(model)
     torch.nn.utils.parametrizations.weight_norm(model[0].conv)
     convert_batchnorm(model, fuse=False)
-    assert not isinstance(model[0].conv, PairedConv2d) and "watched" not in model[0].conv.__dict__
+    assert not isinstance(model[0].conv, paired(nn.Conv2d)) and "watched" not in model[0].conv.__dict__
     assert isinstance(model[0].conv, nn.Conv2d) and model(torch.randn(1, 3, 6, 6)).shape == (1, 4, 6, 6)
 
 

@@ -372,7 +372,7 @@ def images_and_labels(n=2):
 
 
 @both_forms
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [0.0, 0.001])
 def test_segnet_fast_equals_literal(recompute):
     torch.manual_seed(0)
     fast = build("segnet", num_classes=5, width=0.1, recompute=recompute).double()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from agcseg.errors import UserError, first_line
 from agcseg.nn import NORMS, AGC2d, convert_batchnorm
+from agcseg.nn.norms import is_batch_norm
 
 TORCHVISION = (
     "fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large",
@@ -273,7 +274,7 @@ def _replace(network: nn.Module, make: Callable[[int], nn.Module]) -> tuple[list
     that behind it."""
     replaced, left, made = [], {}, {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        if not is_batch_norm(module):
             continue
         if not isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) or not name:
             left[name] = f"stays, {type(module).__name__}"

@@ -12,6 +12,7 @@ from agcseg.nn.conv import ConvUnit
 from agcseg.nn.fast import AGCReLU2d
 from agcseg.nn.find import Findings, find
 from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
+from agcseg.nn.norms import is_batch_norm
 from agcseg.nn.pairs import paired, unpair, unpaired
 
 # By name, as their packages need not be installed.
@@ -92,7 +93,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
         raise ValueError("the network is wrapped in DistributedDataParallel, which would not see λ: convert, then wrap")
     findings = find(model, lambda module: isinstance(module, AGC2d) or _kind(module) in KINDS)
     layers = dict(model.named_modules())
-    units = {unit.norm: unit for unit in layers.values() if isinstance(unit, ConvUnit)}
+    of_units = {unit.norm for unit in layers.values() if isinstance(unit, ConvUnit)}
     replaced, left = [], {}
     for name, module in layers.items():
         reason = _why_stays(module, findings)
@@ -101,11 +102,12 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
         elif _kind(module) in KINDS:
             _become_agc(module, mean_scale)
             replaced.append(name)
+    if not fuse:
+        for module in layers.values():
+            unpair(module)
     fused = []
-    for module in layers.values() if not fuse else ():
-        unpair(module)
-    for name, module in layers.items():
-        if not fuse or module in units or type(module) not in (AGC2d, AGCAct2d, AGCReLU2d):
+    for name, module in layers.items() if fuse else ():
+        if module in of_units or type(module) not in (AGC2d, AGCAct2d, AGCReLU2d):
             continue  # units see to it themselves, and subclasses may mean something else
         reason = _why_apart(name, layers, findings)
         if reason:
@@ -130,7 +132,7 @@ def _kind(module: nn.Module) -> str:
 def _why_stays(module: nn.Module, findings: Findings) -> str | None:
     """Why a batch normalisation stays what it is; None of anything else."""
     kind = _kind(module)
-    if not hasattr(module, "running_mean") or isinstance(module, nn.modules.instancenorm._InstanceNorm):
+    if not is_batch_norm(module):
         return None
     if kind in ANY_SHAPE and module not in findings.two_dimensional:
         return f"stays, {type(module).__name__}: it is not seen behind a two-dimensional layer"

@@ -175,10 +175,12 @@ def _is_small(maps: Tensor, num_features: int, positions: int = 1) -> bool:
     On a GPU nothing was measured, and a compiler saves the calls by itself. On the meta device there are only shapes,
     and transforms of torch.func and traces need the formula.
     """
+    if transformed():
+        return True
     if not maps.is_cpu:
-        return maps.is_meta or transformed()
-    if transformed() or torch.compiler.is_compiling():
-        return transformed()
+        return maps.is_meta
+    if torch.compiler.is_compiling():
+        return False
     n, _, height, width = maps.shape
     return n * num_features * height * width * positions <= SMALL
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from agcseg.nn.agc import AGC2d
+from agcseg.nn.agc import AGC2d, statistics_dtype
 from agcseg.nn.background import BackgroundAGC2d
 
 
@@ -48,7 +48,7 @@ class AGCStd2d(AGC2d):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        maps = _at_least_float32(input)
+        maps = input.to(statistics_dtype(input))
         variance, mean = torch.var_mean(maps, (2, 3), correction=0, keepdim=True)
         weight, bias, mean_scale = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias, self.mean_scale))
         return ((maps - mean_scale * mean) * (weight * (variance + self.eps).rsqrt()) + bias).to(input.dtype)
@@ -70,7 +70,7 @@ class MeanOnlyBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        maps, mean = _at_least_float32(input), self.running_mean
+        maps, mean = input.to(statistics_dtype(input)), self.running_mean
         if self.training:
             mean = maps.mean((0, 2, 3))
             with torch.no_grad():
@@ -94,7 +94,7 @@ class FRN2d(nn.Module):
         self.threshold = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        maps = _at_least_float32(input)
+        maps = input.to(statistics_dtype(input))
         power = maps.square().mean((2, 3), keepdim=True)
         weight, bias = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias))
         return (maps * (weight * (power + abs(self.eps)).rsqrt()) + bias).to(input.dtype)
@@ -116,7 +116,7 @@ class DynamicTanh2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        maps = torch.tanh(self.alpha * _at_least_float32(input))
+        maps = torch.tanh(self.alpha * input.to(statistics_dtype(input)))
         return (maps * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
 
 
@@ -134,7 +134,7 @@ class DynamicErf2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        maps = torch.erf(self.alpha * _at_least_float32(input) + self.shift)
+        maps = torch.erf(self.alpha * input.to(statistics_dtype(input)) + self.shift)
         return (maps * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)
 
 
@@ -172,8 +172,10 @@ def instance_norm(num_features: int, eps: float = 1e-5) -> nn.InstanceNorm2d:
     return nn.InstanceNorm2d(num_features, eps=eps, affine=True)
 
 
-def _at_least_float32(maps: Tensor) -> Tensor:
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a batch normalisation, torch's or another's: it has running statistics, and is no instance
+    normalisation, which may have them too."""
+    return hasattr(module, "running_mean") and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
 
 
 # None is no normalisation: the convolution then has a bias of its own.

@@ -248,9 +248,6 @@ def _blank(kind: type[nn.Conv2d]) -> nn.Conv2d:
     return object.__new__(paired(kind))  # type: ignore[arg-type]
 
 
-PairedConv2d = paired(nn.Conv2d)  # a class is hashable
-
-
 class _PuttingOff(TorchFunctionMode):
     """Puts off the calls of conv2d within, where nothing about them is unusual."""
 

@@ -40,14 +40,12 @@ def choose(costs: Collection[Cost], budget: float) -> set[nn.Module]:
 
     Args:
         costs: of all convolutions, in any order.
-        budget: the share of a step's multiplications that may be spent again, 0 to 1/3; True is 0.001.
+        budget: the share of a step's multiplications that may be spent again, 0 to 1/3.
 
     Raises:
         UserError (a ValueError): `budget` is no such share.
     """
-    if isinstance(budget, bool):
-        budget *= 0.001
-    if not isinstance(budget, (int, float)) or not 0 <= budget <= 1 / 3:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1 / 3:
         raise UserError(f"recompute={budget!r} must be a share of a step's arithmetic, between 0 and 0.333")
     left, chosen = budget * 3 * sum(cost.work for cost in costs), set()
     candidates = [cost for cost in costs if cost.unit is not None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from agcseg.nn.agc import AGC2d
 from agcseg.nn.conv import ConvUnit
+from agcseg.nn.norms import is_batch_norm
 
 LAMBDA = ("mean", "std", "min", "q25", "q50", "q75", "max", "negative", "above_1")
 
@@ -88,8 +89,7 @@ def _layers(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     units = {module.norm: name for name, module in network.named_modules() if isinstance(module, ConvUnit)}
     yield from units.items()
     for name, module in network.named_modules():
-        batch = hasattr(module, "running_mean") and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        if module not in units and (batch or isinstance(module, AGC2d)):
+        if module not in units and (is_batch_norm(module) or isinstance(module, AGC2d)):
             yield module, name
 
 
@@ -103,8 +103,8 @@ def _numbers(norm: nn.Module, ratios: Tensor, active: Tensor) -> Tensor:
         mean = alive.nanmean()
         std = (alive - mean).square().nanmean().sqrt()
         quantiles = torch.nanquantile(alive, torch.linspace(0, 1, 5, dtype=torch.float64, device=alive.device))
-        known = ~dead.all()
-        shares = [((alive < 0).sum() / (~dead).sum()).where(known, torch.nan) for alive in (alive, 1 - alive)]
+        counts = torch.stack([(alive < 0).sum(), (alive > 1).sum()])
+        shares = (counts / (~dead).sum()).where(~dead.all(), torch.nan)
         values += [mean, std, *quantiles, *shares]
     return torch.cat([torch.stack([value.double() for value in values]), dead.double()])
 

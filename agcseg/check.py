@@ -257,13 +257,13 @@ def _try_network(config: Config) -> Network:
 
 def _try_foreign(config: Config) -> None:
     """Build a third-party network, on the CPU as its factory may insist on, and feed it images without computing."""
-    disabled, random = logging.root.manager.disable, torch.get_rng_state()
+    disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # what became of its norms is told once, where it is trained
     try:
-        module = build_network(config, _number_of_classes(config.data), implementation="literal", download=False)
+        with torch.random.fork_rng([]):
+            module = build_network(config, _number_of_classes(config.data), implementation="literal", download=False)
     finally:
         logging.disable(disabled)
-        torch.set_rng_state(random)
     shape = config.minibatch // config.accumulate, 3, *config.data.size
     try:
         with torch.device("meta"):

@@ -224,7 +224,7 @@ def test_budget_on_cuda_searches_by_trying(monkeypatch):
         list(fitting(case(device="cuda:0"), 25))
 
 
-def test_a_budget_that_fails_is_a_row_too(tmp_path, monkeypatch, capsys):
+def test_a_budget_that_fails_is_a_row_too(tmp_path, monkeypatch):
     def largest(case, budget):
         if case.variant == "agc":
             raise Failed("RuntimeError: a kernel")

@@ -420,7 +420,7 @@ def test_training_ids_are_not_the_numbers_of_cityscapes(tmp_path):
         find_data(data_of(tmp_path, folder=folder))
 
 
-def test_names_that_are_no_text(tmp_path, capsys):
+def test_names_that_are_no_text(tmp_path):
     try:
         root = write_folder(tmp_path / "latin-\udce9")
         (root / "images/val/001.jpg").rename(root / "images/val/\udce9.jpg")

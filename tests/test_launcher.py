@@ -279,7 +279,7 @@ def test_what_a_stream_cannot_spell_is_replaced():
     assert stream.buffer.getvalue() == "x=ü?\n".encode("latin-1")
 
 
-def test_a_stream_that_broke_stays_quiet(tmp_path):
+def test_a_stream_that_broke_stays_quiet():
     """Python too flushes it once more at its end, and would end with code 120."""
     with open("/dev/full", "w") as full:
         _launch.say("a", full)

@@ -116,15 +116,6 @@ def test_second_derivative_is_refused():
         torch.autograd.grad(loss, logits, create_graph=True)
 
 
-def test_deterministic_algorithms():
-    logits, labels, weights = example()
-    torch.use_deterministic_algorithms(True)
-    try:
-        segmentation_loss(logits.requires_grad_(), labels, weights).sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def contour_example():
     """Two images of 12x16 in two halves, the second with void in its upper part; their contour is two columns wide."""
     labels = torch.zeros(2, 12, 16, dtype=torch.uint8)

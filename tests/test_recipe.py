@@ -276,7 +276,7 @@ def test_clipping(tiny, tmp_path):
     assert 0 < near <= 2 * 0.08 * 1e-6 * 1.5 and far > 1e3 * near and moved[1e-6][1] > 1e-3
 
 
-def test_best_is_the_epoch_with_the_lowest_error(tiny, tmp_path, monkeypatch, capsys):
+def test_best_is_the_epoch_with_the_lowest_error(tiny, tmp_path, monkeypatch):
     errors = iter([0.5, 0.3, 0.4, 0.3])
     from agcseg.training import run as module
 

@@ -45,7 +45,7 @@ def kept_for_backward(step: Step) -> int:
     return sum(kept.values())
 
 
-def memory_and_work(step: Step, steps: int = 2) -> dict:
+def memory_and_work(step: Step) -> dict:
     """Memory and work of a step that has not run yet, in a process that has done nothing else.
 
     Returns:
@@ -55,7 +55,7 @@ def memory_and_work(step: Step, steps: int = 2) -> dict:
     """
     idle = _used(step.device)
     reset_peak_memory(step.device)
-    for i in range(steps + EAGER * (step.case.suffix == "-graph")):
+    for i in range(2 + EAGER * (step.case.suffix == "-graph")):
         step()
         if i == 0 and step.device.type == "cuda":  # the first tries cuDNN's algorithms, which takes workspace
             reset_peak_memory(step.device)
@@ -225,9 +225,9 @@ def _fits(case: Case) -> bool:
         torch.cuda.empty_cache()
 
 
-def delivery(size: tuple[int, int], minibatch: int, device: str, images: int = 64) -> float:
+def delivery(size: tuple[int, int], minibatch: int, device: str) -> float:
     """Images per second that cache and minibatch code deliver on the device, with no network."""
-    images = max(images, minibatch)
+    images = max(64, minibatch)
     with tempfile.TemporaryDirectory() as folder:
         root = make_streets(Path(folder) / "streets", images, 1, size)
         data = DataConfig("streets", str(root), folder, list(size), None, None)

@@ -21,6 +21,7 @@ MODES = {
     "-graphs": "reduce-overhead",
     "-graph": None,
 }  # suffix -> torch.compile's mode
+NUM_CLASSES = 19  # of Cityscapes
 VARIANTS = tuple(name + mode for name in (*NORMS, *FORMS) for mode in MODES if not (mode and name in TRAINED))
 
 
@@ -37,7 +38,6 @@ class Case:
     width: float = 1.0
     device: str = "cpu"
     channels_last: bool = False
-    num_classes: int = 19
     inference: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Step:
         if case.form == "literal":
             options["implementation"] = case.form
         self.network: torch.nn.Module = build(
-            case.network, norm=case.norm, num_classes=case.num_classes, width=case.width, **options
+            case.network, norm=case.norm, num_classes=NUM_CLASSES, width=case.width, **options
         )
         self.network.to(self.device).train(not case.inference)
         if case.form == "noise":
@@ -77,9 +77,9 @@ class Step:
         if case.form in ("folded", "onepass"):
             self.network = inference_form(self.network)
         images = torch.randn(case.minibatch, 3, *case.size, device=self.device)
-        labels = torch.randint(0, case.num_classes, (case.minibatch, *case.size), device=self.device)
+        labels = torch.randint(0, NUM_CLASSES, (case.minibatch, *case.size), device=self.device)
         self.labels = labels.to(torch.uint8)
-        self.contours = self.labels == 0  # about one pixel in num_classes, for ClassNet
+        self.contours = self.labels == 0  # about one pixel in NUM_CLASSES, for ClassNet
         if case.channels_last:
             self.network.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)

@@ -239,7 +239,6 @@ def program(name: str) -> Iterator[None]:
     have are escaped, a user's mistake or a file that cannot be used is one line and exit code 2, Ctrl-C is 130."""
     if not os.environ.get("XDG_CACHE_HOME", "unset"):
         del os.environ["XDG_CACHE_HOME"]  # empty is as good as unset, says the specification
-    logging.raiseExceptions = False  # of handlers whose stream is gone
     threading.excepthook = _in_thread
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:

@@ -294,15 +294,14 @@ def contours(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
 
 def _new(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A file of zeros, mapped. Its space is taken on the disk first: a map on a full disk would end the process."""
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start, length = file.tell(), int(np.prod(shape))
-        file.flush()
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with open(path, "r+b") as file:
+        file.seek(array.offset)
         try:
-            os.posix_fallocate(file.fileno(), start, length)
+            os.posix_fallocate(file.fileno(), array.offset, array.nbytes)
         except (AttributeError, OSError) as error:  # not everywhere: write zeros
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            for done in range(0, length, 2**24):
-                file.write(bytes(min(2**24, length - done)))
-    return np.load(path, mmap_mode="r+")
+            for done in range(0, array.nbytes, 2**24):
+                file.write(bytes(min(2**24, array.nbytes - done)))
+    return array

@@ -145,20 +145,17 @@ def read_image(path: Path) -> Image.Image:
         raise FileError(path, f"mode {picture.mode} cannot become RGB", str(error)) from None
 
 
-def read_numbers(path: Path, colors: bool = False) -> np.ndarray:
+def read_numbers(path: Path) -> np.ndarray:
     """Numbers per pixel, as stored: (H, W), of one channel of up to 32 bits; or colours, (H, W, 3) uint8.
-
-    Args:
-        colors: of a picture with a palette give the colours, not the indices.
 
     Raises:
         UserError: see `open_picture`; it is stored with losses; or it has another mode, such as floating point.
     """
-    return numbers_of(path, open_picture(path, lossless=True), colors)
+    return numbers_of(path, open_picture(path, lossless=True))
 
 
 def numbers_of(path: Path, picture: Image.Image, colors: bool = False) -> np.ndarray:
-    """See `read_numbers`."""
+    """See `read_numbers`; with `colors`, of a picture with a palette its colours, not the indices."""
     if picture.mode in ("RGB", "RGBA") or (picture.mode == "P" and colors):
         return np.asarray(picture.convert("RGB"))
     if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):

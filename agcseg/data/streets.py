@@ -19,7 +19,7 @@ from agcseg.data import street_things as things
 from agcseg.data.street_view import View, grain, noise
 from agcseg.errors import UserError
 
-SPLITS = {"train": ("ashford", "brixen"), "val": ("corvey",)}
+CITIES = {"train": ("ashford", "brixen"), "val": ("corvey",)}
 FAR = 130.0  # metres to the end of the street
 STYLES = "city", "city", "city", "suburb", "suburb", "park"
 BARRIERS = "none", "wall", "wall", "fence", "fence", "fence", "hedge", "hedge"
@@ -276,7 +276,7 @@ def make_streets(
     jobs = [(0, "train", index) for index in range(train)] + [(1, "val", index) for index in range(val)]
     try:
         for number, split, index in progress(jobs) if progress else jobs:
-            cities = SPLITS[split]
+            cities = CITIES[split]
             city = cities[index % len(cities)]
             stem = f"{city}_{index // len(cities):06d}_000019"
             image, labels, instances = street(np.random.default_rng([seed, number, index]), size)

@@ -77,9 +77,9 @@ def export(trained: Trained, format: str) -> bytes:
         else:
             size[i] = multiple
     images = torch.zeros(2, 3, *size, dtype=torch.uint8)
-    network = _FromPixels(inference_form(trained.network)).eval()
     with _quiet():
         try:
+            network = _FromPixels(inference_form(trained.network)).eval()
             program = torch.export.export(network, (images,), dynamic_shapes=(free,))
         except Exception as error:  # as many kinds as there are ways to write a forward
             if trained.network.multiple > 1:

@@ -1,6 +1,7 @@
 """What training left, ready to use: a network in eval mode, and what its classes mean."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -16,8 +17,11 @@ from agcseg.data.labels import Classes
 from agcseg.data.minibatches import MEAN, STD, normalise
 from agcseg.errors import UserError, expanded, first_line
 from agcseg.networks import Network
+from agcseg.networks.foreign import digest_of_source
 from agcseg.record.checkpoint import load_checkpoint, weights_of
 from agcseg.training.machine import channels_last, settings
+
+log = logging.getLogger("agcseg")
 
 
 class Trained(NamedTuple):
@@ -48,7 +52,8 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
 
     Raises:
         UserError: there is no checkpoint, it cannot be read, or this version of agcseg cannot do what it was trained
-            for: another normalisation of images, another network.
+            for: another normalisation of images, another network. Where the file of `network.factory` has changed
+            since, a warning says so.
     """
     path = _checkpoint(expanded(path), checkpoint)
     saved = load_checkpoint(path)
@@ -73,6 +78,9 @@ def load(path: str | Path, checkpoint: str = "last") -> Trained:
     except RuntimeError as error:
         fault = " ".join(str(error).splitlines()[1].split()) if "\n" in str(error) else str(error)
         raise UserError(f"{path}: its weights do not fit its configuration's {config.network.name}: {fault}") from None
+    factory, source = config.network.factory, saved.get("source")
+    if factory and source and digest_of_source(factory) not in ("", source):
+        log.warning(f"{path}: the file of network.factory={factory} is another now than it was in training")
     return Trained(network.eval(), classes, config, saved["epoch"], path)
 
 

@@ -191,3 +191,10 @@ def test_counters_by_hooks_see_the_convolution(form):
     """As torchinfo counts."""
     torchinfo = pytest.importorskip("torchinfo")
     assert torchinfo.summary(ConvUnit(3, 4), (2, 3, 8, 8), verbose=0).total_mult_adds >= 2 * 64 * 4 * 27
+
+
+def test_a_norm_may_keep_its_output():
+    """As tanh does for its backward: no ReLU in place there."""
+    unit = ConvUnit(3, 4, norm=lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.Tanh()))
+    unit(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert unit.conv.weight.grad.isfinite().all()

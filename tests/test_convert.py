@@ -406,6 +406,12 @@ def test_without_numbers():
     assert model(torch.empty(2, 3, 6, 6, device="meta")).shape == (2, 4, 4, 4)
 
 
+def test_a_norm_without_tensors_becomes_like_the_network():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False, track_running_stats=False)).double()
+    convert_batchnorm(model)
+    assert model[1].mean_scale.dtype == torch.float64 and model(torch.randn(1, 3, 8, 8).double()).isfinite().all()
+
+
 def test_a_wrapped_network_is_converted_before(tmp_path):
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_gloo_available():
@@ -414,6 +420,10 @@ def test_a_wrapped_network_is_converted_before(tmp_path):
     try:
         with pytest.raises(ValueError, match="DistributedDataParallel, which would not see λ: convert, then wrap"):
             convert_batchnorm(nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+        sharded = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        distributed.fsdp.fully_shard(sharded, mesh=distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded by fully_shard, which would not see λ: convert, then shard"):
+            convert_batchnorm(sharded)
     finally:
         distributed.destroy_process_group()
 

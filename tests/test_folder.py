@@ -26,6 +26,7 @@ from agcseg.data.pictures import read_numbers, suffixes
 from agcseg.errors import UserError
 from agcseg.export import metadata
 from agcseg.trained import start_from
+from agcseg.training.dataset import open_wanted
 from agcseg.training.run import run
 
 COLORS = {0: (10, 20, 30), 1: (200, 0, 0), 2: (0, 200, 0), 255: (0, 0, 0)}
@@ -530,6 +531,17 @@ def test_every_file_by_name_on_demand(tmp_path, caplog):
 def test_mistakes_in_the_configuration(tmp_path, values, message):
     with pytest.raises(UserError, match=message):
         check(configured(tmp_path, **values))
+
+
+def test_validation_on_training_images_is_said(tmp_path, caplog):
+    root = write_folder(tmp_path / "data")
+    shutil.copy(min(root.glob("images/train/*")), root / "images/val/again.jpg")
+    shutil.copy(min(root.glob("labels/train/*")), root / "labels/val/again.png")
+    open_wanted(configured(root))
+    assert "1 of the 3 validation images are training images too" in caplog.text
+    caplog.clear()
+    open_wanted(configured(root, {"val": "train"}))
+    assert "6 of the 6 validation images are training images too" in caplog.text
 
 
 def test_a_run_on_a_folder(tmp_path, monkeypatch, capsys):

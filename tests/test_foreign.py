@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import sys
 import textwrap
+import threading
 from dataclasses import asdict, replace
 from urllib.error import URLError
 
@@ -20,10 +21,11 @@ from agcseg.check import check
 from agcseg.config import Config, NetworkConfig, build_network
 from agcseg.errors import UserError
 from agcseg.export import differences, export
-from agcseg.networks.foreign import OF_UNITS, TORCHVISION, Foreign
+from agcseg.networks.foreign import OF_UNITS, TORCHVISION, Foreign, find_factory
 from agcseg.nn import NORMS, layer_signals
 from agcseg.record.tables import lambdas_of, layer_rows
 from agcseg.trained import start_from
+from agcseg.training.recipe import make_average
 from agcseg.training.run import run
 
 MINE = '''
@@ -297,6 +299,49 @@ def test_a_run_of_a_network_whose_file_has_changed_is_another(mine, tiny, tmp_pa
             run(replace(config, epochs=epochs), tmp_path / "run")
 
 
+def test_a_trained_network_whose_file_has_changed_says_so(mine, tiny, tmp_path, caplog):
+    run(tiny(network=NetworkConfig("mine", factory=mine, classes_argument="classes"), epochs=1), tmp_path / "run")
+    agcseg.load(tmp_path / "run")
+    assert "is another now" not in caplog.text
+    source = tmp_path / "mynet.py"
+    source.write_text(source.read_text().replace("nn.ReLU()", "nn.Tanh()"))
+    agcseg.load(tmp_path / "run")
+    assert "last.pt: the file of network.factory=mynet:Net is another now than it was in training" in caplog.text
+
+
+def test_a_factory_that_gives_one_network_again(mine):
+    network = made(mine).network
+
+    def again(num_classes):
+        return network
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="gives the same network again; let it make a new one at each call"):
+            agcseg.build("again", num_classes=5, norm="bn", factory=again)
+
+
+def test_a_network_that_cannot_be_copied(mine, tiny):
+    """Its norms are in the order of their names then; an average of it cannot be had."""
+
+    class Locked(find_factory(mine)):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.lock = threading.Lock()
+
+    network = agcseg.build("locked", num_classes=5, factory=Locked)
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert sorted(network.layers) == sorted(ORDER)
+    with pytest.raises(UserError, match="ema=0.9: the network cannot be copied"):
+        make_average(network, Config(ema=0.9))
+
+
+def test_a_deviation_of_one_point_is_not_divided_by(mine):
+    network = made(mine, norm="agc_std")
+    norm = network.network.context[2]
+    assert norm.mean_scale.tolist() == [1.0] * 6 and not norm.mean_scale.requires_grad
+    assert network(torch.randn(2, 3, 32, 32)).abs().max() < 10
+
+
 def test_a_network_that_halves_its_maps_often_is_exported(mine, tiny, tmp_path):
     """Its example is of the training size: of a smaller one nothing would be left."""
     (tmp_path / "deep.py").write_text(
@@ -312,12 +357,17 @@ def test_a_network_that_halves_its_maps_often_is_exported(mine, tiny, tmp_path):
 
 def test_options_that_fetch_weights_reach_the_factory(mine, tmp_path):
     text = (
-        "from mynet import Net\n\ndef make(classes, pretrained=False):\n    return Net(classes, 4 + 4 * pretrained)\n"
+        "from mynet import Net\n\n"
+        "def make(classes, pretrained=False):\n    return Net(classes, 4 + 4 * pretrained)\n\n"
+        "def trained(classes, pretrained=True):\n    return make(classes, pretrained)\n"
     )
     (tmp_path / "timmish.py").write_text(text)
     own = ["network=custom", "network.factory=timmish:make", "network.classes_argument=classes", "norm=bn"]
     its = config(*own, "data.size=[96,128]", "+network.options.pretrained=true")
     check(its)
+    assert build_network(its).network.late.num_features == 8
+    assert build_network(its, download=False).network.late.num_features == 4
+    its.network.factory, its.network.options = "timmish:trained", {}
     assert build_network(its).network.late.num_features == 8
     assert build_network(its, download=False).network.late.num_features == 4
 

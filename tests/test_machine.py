@@ -1,5 +1,9 @@
 """The device a run computes on, and how torch is set for it."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -59,6 +63,22 @@ def test_settings_are_stated_and_taken_back(precision, tf32, deterministic):
         assert torch.backends.fp32_precision == "none"
         raise KeyboardInterrupt
     assert now() == before
+
+
+def test_settings_after_the_newer_switch():
+    """In a process of its own: it cannot be taken back."""
+    program = """
+        import torch
+        from agcseg.training.machine import settings
+
+        torch.backends.fp32_precision = "tf32"
+        parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        for precision, expected in (("fp32", "ieee"), ("tf32", "tf32")):
+            with settings(precision):
+                assert all(part.fp32_precision == expected for part in parts)
+            assert all(part.fp32_precision == "tf32" for part in parts)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 def test_settings_leave_a_warning_a_warning():

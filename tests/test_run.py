@@ -31,7 +31,7 @@ from agcseg.config import GemsConfig, NetworkConfig, NoiseConfig, NormConfig, Ra
 from agcseg.errors import UserError
 from agcseg.losses import segmentation_loss
 from agcseg.networks import build, segnet
-from agcseg.record.files import write
+from agcseg.record.files import write, write_json
 from agcseg.record.folder import new_folder
 from agcseg.record.identity import differences
 from agcseg.record.tensorboard import TensorBoard
@@ -188,6 +188,12 @@ def test_killed_at_any_write_and_straight_runs_are_equal(
         left = files(moment)
         assert left.keys() == straight.keys()  # no half-written file either
         assert [key for key in left if left[key] != straight[key]] == []
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"contour_f": math.nan, "rows": [{"loss": math.inf}, 1.5, True], "pair": (1, None)})
+    expected = {"contour_f": None, "rows": [{"loss": None}, 1.5, True], "pair": [1, None]}
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
 
 
 def test_a_kill_within_an_epoch_costs_that_epoch(tiny, tmp_path, monkeypatch):

@@ -76,7 +76,8 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         if name in texts and not (flags.multirun and re.fullmatch(_SWEEP, value)):
             value = ",".join(_quoted(text, known, parser) for text in (_parts(value) if flags.multirun else [value]))
         try:
-            several = parser.parse_override(f"{key}={value}").is_sweep_override()
+            parsed = parser.parse_override(f"{key}={value}")
+            several = parsed.is_sweep_override()
         except Exception:  # the grammar's, of several classes
             raise UserError(
                 f"{argument}: the value cannot be read; quote it for {program} too: \"{key}='{value}'\""
@@ -88,6 +89,8 @@ def hydra_arguments(program: str, argv: list[str], schema: type) -> list[str]:
         if several and not flags.multirun:
             listed = "" if value.endswith(")") else f"; a list is {key}=[{value}]"
             raise UserError(f"{argument}: several values are a sweep, which needs -m{listed}")
+        if name in known and not (several or own_groups or os.path.isdir(os.path.join(CONFIGS, name))):
+            _check_value(argument, name, parsed.value(), known, schema)
         if re.match(r"(network|norm)\.options\.", name):
             key = f"++{name}"
         return f"{key}={value}"
@@ -112,6 +115,18 @@ def _check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--resolve: only with --cfg")
     if flags.resolve and flags.cfg == "hydra":
         raise UserError("--cfg hydra --resolve: Hydra's settings refer to the program's; --cfg all --resolve has both")
+
+
+def _check_value(argument: str, name: str, value: Any, known: list[str], schema: type) -> None:
+    """Whether a key can have this value."""
+    keys = [other for other in known if other.startswith(f"{name}.")]
+    if keys and not isinstance(value, dict):
+        raise UserError(f"{argument}: {name} is a group of keys, each with a value of its own: {', '.join(keys)}")
+    try:
+        OmegaConf.update(OmegaConf.structured(schema), name, value)
+    except OmegaConfBaseException as error:
+        listed = "is not a ListConfig" in str(error)
+        raise UserError(f"{argument}: {'expected a list, such as [1,2]' if listed else first_line(error)}") from None
 
 
 def _keys(node: DictConfig, prefix: str = "") -> tuple[list[str], set[str]]:

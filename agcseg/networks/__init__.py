@@ -11,7 +11,7 @@ from torch import nn
 
 from agcseg.errors import UserError
 from agcseg.networks.classnet import ClassNet
-from agcseg.networks.foreign import TORCHVISION, WITHOUT_WEIGHTS, Foreign, build_foreign
+from agcseg.networks.foreign import TORCHVISION, Foreign, build_foreign
 from agcseg.networks.segnet import SegNet
 from agcseg.nn import IMPLEMENTATIONS, INITS, NORMS, initialise
 
@@ -86,8 +86,6 @@ def build(
         return ours
     if factory is None:
         factory, options = f"torchvision.models.segmentation:{network}", {"weights_backbone": None, **options}
-    if not download:
-        options = {key: WITHOUT_WEIGHTS.get(key, value) for key, value in options.items()}
     fuse = implementation == "fast"
     foreign, told = build_foreign(
         network,
@@ -99,6 +97,7 @@ def build(
         fuse=fuse,
         size=size,
         options=options,
+        download=download,
     )
     if init:
         initialise(foreign, init)

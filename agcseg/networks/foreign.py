@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from agcseg.errors import UserError, first_line
 from agcseg.nn import NORMS, AGC2d, convert_batchnorm
-from agcseg.nn.norms import is_batch_norm
+from agcseg.nn.norms import AGCStd2d, is_batch_norm
 
 TORCHVISION = (
     "fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large",
@@ -27,6 +28,7 @@ TORCHVISION = (
 )  # fmt: skip
 # Arguments by which torchvision, segmentation_models.pytorch and timm fetch trained weights, and what fetches none.
 WITHOUT_WEIGHTS = {"weights_backbone": None, "encoder_weights": None, "pretrained": False}
+_given: WeakSet[nn.Module] = WeakSet()  # what factories made
 OF_UNITS = ("frn", "ws")  # norms that need the convolution in front or the activation behind, see `agcseg.nn.ConvUnit`
 
 
@@ -89,6 +91,7 @@ def build_foreign(
     fuse: bool,
     size: tuple[int, int],
     options: dict[str, Any],
+    download: bool,
 ) -> tuple[Foreign, str]:
     """Make a third-party network and give it the norm that is wanted.
 
@@ -102,6 +105,7 @@ def build_foreign(
         size: of images, (height, width), that it is tried on, without computing: its norms' order, and which of them
             get maps of 1x1. Of those, AGC with λ = 1 would leave nothing: their λ starts at 0.
         options: further arguments of the factory.
+        download: False leaves out those by which it would fetch trained weights, be they given or its defaults.
 
     Returns:
         the network, and a line that tells what became of its norms.
@@ -110,7 +114,11 @@ def build_foreign(
         UserError: the callable cannot be imported or called, its network gives no class logits, or has no norm to
             replace.
     """
-    network = Foreign(_make(name, factory, {classes_argument: num_classes, **options}), num_classes)
+    made = _make(name, factory, {classes_argument: num_classes, **options}, download)
+    if made in _given:
+        raise UserError(f"network={name}: its factory gives the same network again; let it make a new one at each call")
+    _given.add(made)
+    network = Foreign(made, num_classes)
     norms, points = _in_order(network, size)
     told = _renorm(network.network, norm, norm_options, fuse, points)
     kept = dict(network.network.named_modules())
@@ -156,12 +164,15 @@ def digest_of_source(factory: str) -> str:
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
-def _make(name: str, factory: str | Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
+def _make(name: str, factory: str | Callable[..., nn.Module], arguments: dict[str, Any], download: bool) -> nn.Module:
     make = find_factory(factory) if isinstance(factory, str) else factory
     try:
         parameters = inspect.signature(make).parameters.values()
     except ValueError:  # of something built in
         parameters = ()
+    if not download:
+        own = {p.name for p in parameters if p.default}
+        arguments |= {key: none for key, none in WITHOUT_WEIGHTS.items() if key in own or key in arguments}
     swallows = any(p.kind is p.VAR_KEYWORD for p in parameters)  # torchvision's take whatever they do not know
     if parameters and (name in TORCHVISION or not swallows):
         known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
@@ -199,20 +210,20 @@ def _in_order(network: Foreign, size: tuple[int, int]) -> tuple[list[str], set[s
         UserError: it cannot run on such images.
     """
     shapes: dict[str, torch.Size] = {}
-    copy = deepcopy(network).to("meta").eval()
-    norms = {name: module for name, module in copy.network.named_modules() if _is_norm(module)}
+    norms = [name for name, module in network.network.named_modules() if _is_norm(module)]
 
     def see(name: str, module: nn.Module, inputs: tuple) -> None:
         shapes.setdefault(name, inputs[0].shape)
 
-    for name, module in norms.items():
-        module.register_forward_pre_hook(partial(see, name))
     try:
+        copy = deepcopy(network).to("meta").eval()
+        for name in norms:
+            copy.network.get_submodule(name).register_forward_pre_hook(partial(see, name))
         with torch.device("meta"), torch.no_grad():
             copy(torch.empty(2, 3, *size))
     except UserError:
         raise
-    except Exception:  # a forward that looks at values; it is tried on real images where it is trained
+    except Exception:  # no copy, or a forward that looks at values; it is tried on real images where it is trained
         shapes.clear()
     points = {name for name, shape in shapes.items() if len(shape) == 4 and shape[2:] == (1, 1)}
     return [*shapes, *(name for name in norms if name not in shapes)], points
@@ -240,6 +251,10 @@ def _renorm(network: nn.Module, norm, options: dict[str, Any], fuse: bool, point
     told = [f"{len(replaced)} layers of batch normalisation are now {how}"]
     modules = dict(network.named_modules())
     of_points = [name for name in replaced if name in points and isinstance(modules[name], AGC2d)]
+    for norm_of_points in [modules[name] for name in of_points]:
+        if isinstance(norm_of_points, AGCStd2d):  # with another λ it would scale them up by 1/sqrt(ε)
+            norm_of_points.initial_mean_scale = 1.0
+            nn.init.ones_(norm_of_points.mean_scale).requires_grad_(False)
     whole = [name for name in of_points if modules[name].initial_mean_scale == 1]  # of which nothing would be left
     trained = [name for name in whole if modules[name].mean_scale.requires_grad]
     for name in trained:

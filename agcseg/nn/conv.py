@@ -14,6 +14,10 @@ from agcseg.nn.hooks import has_forward_of_its_own, has_hooks
 from agcseg.nn.pooling import max_pool2d, max_unpool2d
 
 IMPLEMENTATIONS = ("fast", "literal")
+KEEP_NO_OUTPUT = {  # modules with norms whose backward does not need their output, and torch's Identity
+    *("agcseg.nn.agc", "agcseg.nn.background", "agcseg.nn.norms", "torch.nn.modules.linear"),
+    *("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization"),
+}
 
 
 class StandardisedConv2d(nn.Conv2d):
@@ -138,7 +142,8 @@ class ConvUnit(nn.Module):
         if hasattr(self.norm, "activate"):
             maps = self.norm.activate(maps)
         else:  # a hook may have kept the maps, of the convolution too where the norm hands them on
-            maps = F.relu(maps, inplace=not (has_hooks(self.norm) or has_hooks(self.conv)))
+            hooked = has_hooks(self.norm) or has_hooks(self.conv)
+            maps = F.relu(maps, inplace=type(self.norm).__module__ in KEEP_NO_OUTPUT and not hooked)
         results = max_pool2d(maps) if pool else (maps,)
         if sum_up:
             return *results, None

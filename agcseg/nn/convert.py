@@ -87,10 +87,14 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
         the network, with lists of what was and what was not done. Of one that is converted already the first is empty.
 
     Raises:
-        ValueError: `model` is, or holds, a DistributedDataParallel.
+        ValueError: `model` is, or holds, a DistributedDataParallel, or is sharded by FSDP.
     """
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError("the network is wrapped in DistributedDataParallel, which would not see λ: convert, then wrap")
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
+            raise ValueError(f"the network is wrapped in {kind}, which would not see λ: convert, then wrap")
+        if _kind(module) in KINDS and any(hasattr(p, "device_mesh") for p in module.parameters()):
+            raise ValueError("the network is sharded by fully_shard, which would not see λ: convert, then shard")
     findings = find(model, lambda module: isinstance(module, AGC2d) or _kind(module) in KINDS)
     layers = dict(model.named_modules())
     of_units = {unit.norm for unit in layers.values() if isinstance(unit, ConvUnit)}
@@ -100,7 +104,7 @@ def convert_batchnorm(model: nn.Module, mean_scale: float = 1.0, fuse: bool = Tr
         if reason:
             left[name] = reason
         elif _kind(module) in KINDS:
-            _become_agc(module, mean_scale)
+            _become_agc(module, mean_scale, next(model.parameters(), None))
             replaced.append(name)
     if not fuse:
         for module in layers.values():
@@ -141,11 +145,13 @@ def _why_stays(module: nn.Module, findings: Findings) -> str | None:
     return None if kind in KINDS else f"stays, {type(module).__name__}: it is not BatchNorm2d"
 
 
-def _become_agc(norm: Any, mean_scale: float) -> None:
-    """Make a batch normalisation AGC, the same object: whoever holds it, and its hooks, keep it."""
-    like = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+def _become_agc(norm: Any, mean_scale: float, other: Tensor | None) -> None:
+    """Make a batch normalisation AGC, the same object: whoever holds it, and its hooks, keep it. One without any tensor
+    gets the device and dtype of another parameter."""
+    own = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+    like = other if own is None else own
     options = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    num_features = norm.num_features if like is None else len(like)
+    num_features = norm.num_features if own is None else len(own)
     fresh = AGC2d(num_features, mean_scale=mean_scale, **options)
     for name in (*STATISTICS, *SETTINGS):
         norm._buffers.pop(name, None)

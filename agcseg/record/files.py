@@ -4,10 +4,12 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 
 def write(path: Path, content: str | bytes | memoryview) -> None:
@@ -40,7 +42,16 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write(path, json.dumps(content, indent=1) + "\n")
+    """What is not finite becomes null: JSON has no NaN."""
+    write(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [*map(_finite, content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

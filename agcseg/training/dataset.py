@@ -65,6 +65,12 @@ def open_wanted(config: Config) -> Opened:
         chosen[split] = choose(len(cached[split].names), wanted, data.choice_seed)
         digests[split] = cached[split].digest(chosen[split], contours)
     train, val, processes = len(chosen["train"]), len(chosen["val"]), parallel.world()
+    seen = {cached["train"].digests[i][0] for i in chosen["train"]}
+    again = sum(cached["val"].digests[i][0] in seen for i in chosen["val"])
+    if again and parallel.rank() == 0:
+        log.warning(
+            f"{again} of the {val} validation images are training images too: of new ones their error says nothing"
+        )
     if config.minibatch > train:
         raise UserError(f"minibatch={config.minibatch}: there are {train} training images")
     if processes > val:

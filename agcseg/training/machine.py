@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,15 +94,13 @@ def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
             "fp32" and "bf16" what is float32 is computed as IEEE has it (torch's own default is TF32 in convolutions).
         deterministic: torch's deterministic algorithms, and none chosen by timing.
     """
-    # The older of torch's two ways to say TF32: torch.compile and cudnn.flags read it, and raise after the newer one.
-    flags = (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")
-    flags += ((torch.backends.cudnn, "benchmark"), (torch.utils.deterministic, "fill_uninitialized_memory"))
+    flags, of_tf32 = _tf32_flags(precision == "tf32")
+    flags += [(torch.backends.cudnn, "benchmark"), (torch.utils.deterministic, "fill_uninitialized_memory")]
     before, were_deterministic = [getattr(*flag) for flag in flags], torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    tf32 = precision == "tf32"
-    values = tf32, tf32, not deterministic, before[-1] and not deterministic
+    values = of_tf32, of_tf32, not deterministic, before[-1] and not deterministic
     try:
         for (module, name), value in zip(flags, values, strict=True):
             setattr(module, name, value)
@@ -112,6 +110,20 @@ def settings(precision: str, deterministic: bool = False) -> Iterator[None]:
         for (module, name), value in zip(flags, before, strict=True):
             setattr(module, name, value)
         _use_deterministic_algorithms(were_deterministic, warn_only)
+
+
+def _tf32_flags(wanted: bool) -> tuple[list[tuple[Any, str]], bool | str]:
+    """Where torch is told of TF32 in convolutions and products, and the value to tell.
+
+    In the older of its two ways, which torch.compile and cudnn.flags read; that raises after somebody used the newer.
+    """
+    try:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # noqa: B018
+    except RuntimeError:
+        cudnn: Any = torch.backends.cudnn
+        newer = [(cudnn.conv, "fp32_precision"), (torch.backends.cuda.matmul, "fp32_precision")]
+        return newer, "tf32" if wanted else "ieee"
+    return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")], wanted
 
 
 def _use_deterministic_algorithms(wanted: bool, warn_only: bool) -> None:

@@ -8,6 +8,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agcseg.config import Config, momentum, rate
+from agcseg.errors import UserError, first_line
 from agcseg.nn import NORMS
 
 _OWN = tuple(norm for norm in NORMS.values() if isinstance(norm, type))  # and what their names tell, see `_is_norm`
@@ -60,7 +61,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Config) -> lr_schedu
 
 
 def make_average(network: nn.Module, config: Config) -> AveragedModel | None:
-    """The exponential average of weights and running statistics over steps, `config.ema` of which stays in each."""
+    """The exponential average of weights and running statistics over steps, `config.ema` of which stays in each.
+
+    Raises:
+        UserError: a third-party network cannot be copied.
+    """
     if not config.ema:
         return None
     exponential = get_ema_multi_avg_fn(config.ema)
@@ -71,4 +76,7 @@ def make_average(network: nn.Module, config: Config) -> AveragedModel | None:
         else:  # tables of positions and the like: an average is cut off, which makes another number of 5
             torch._foreach_copy_(averaged, current)
 
-    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    try:
+        return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    except Exception as error:  # whatever somebody's network holds
+        raise UserError(f"ema={config.ema}: the network cannot be copied ({first_line(error)}); use ema=null") from None

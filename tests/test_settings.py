@@ -406,3 +406,38 @@ def test_nothing_measured(tmp_path):
     assert all(row["error, %"] == "" for row in table(tmp_path).values())
     groups, reference, _ = compared(read_runs(tmp_path))
     assert math.isfinite(figure(groups, reference).axes[0].get_ylim()[1])
+
+
+def test_a_factorys_default_is_no_option_that_was_given(tmp_path):
+    """Nobody knows what the default is: it may be the value of the other runs, and need not."""
+    mine = {"network.name": "mine", "network.factory": "mynet:make"}
+    make_sweep(tmp_path / "given", [mine | {"network.options": {"channels": 32}}], seeds=(1, 2), epochs=2)
+    make_sweep(tmp_path / "left", [mine], seeds=(1,), epochs=2)
+    groups, _, notes = compared(read_runs(tmp_path / "given", tmp_path / "left"))
+    assert not notes and {name: len(seeds) for name, seeds in groups.items()} == {
+        "channels 32": 2,
+        "channels by default": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "name"),
+    [
+        ({"network.name": "mine", "network.factory": "mynet:make"}, "source", "factory mynet:make ({})"),
+        ({"init_from": "outputs/a/run"}, "start", "from a/run ({})"),
+    ],
+)
+def test_files_and_weights_that_changed_between_runs_tell_them_apart(tmp_path, changes, key, name):
+    make_sweep(tmp_path, [changes], epochs=2)
+    for run, digest in zip(sorted(tmp_path.iterdir()), ("abcdef00", "12345600", "12345600"), strict=True):
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(result | {key: digest}))
+    groups, _, _ = compared(read_runs(tmp_path))
+    assert {of: len(seeds) for of, seeds in groups.items()} == {name.format("123456"): 2, name.format("abcdef"): 1}
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    for name in ("a", "b$_$"):
+        make_sweep(tmp_path / name, [{}], epochs=2)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b$_$"), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report/figure.png").is_file()

@@ -1,6 +1,7 @@
 """Validation images as people look at them."""
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,5 +44,7 @@ def png(picture: Any, **options) -> bytes:
     """
     file = io.BytesIO()
     save = picture.save if isinstance(picture, Image.Image) else picture.savefig
-    save(file, format="png", **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that matplotlib's font lacks: it draws a box
+        save(file, format="png", **options)
     return file.getvalue()

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
+from matplotlib import rc_context
 from PIL import Image
 
 from agcseg.figure1 import PANELS, PAPER_ERRORS, RUNS
@@ -70,14 +71,16 @@ def write_report(
     notes = [*notes, *dict.fromkeys(twins + apart)]
     answers = verdicts(kept, margin, of_paper)
     shown, starts = _with_lambda(kept), lambda_starts(groups)
-    name, curves = ("figure1.png", figures.figure1(kept)) if of_paper else ("figure.png", figures.figure(groups, base))
-    drawn: dict[str, Any] = {name: curves}
-    drawn["lambda.png"] = figures.lambda_starts_figure(starts, [*groups]) if starts else figures.lambda_figure(shown)
-    drawn["forest.png"] = figures.forest(answers)
-    drawn["predictions.png"], unreadable = figures.predictions(groups)
-    broken = [*broken, *unreadable]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [_written(folder / name, png(picture)) for name, picture in drawn.items() if picture]
+    with rc_context({"text.parse_math": False}):  # the name of a setting may hold dollars
+        curves = figures.figure1(kept) if of_paper else figures.figure(groups, base)
+        drawn: dict[str, Any] = {"figure1.png" if of_paper else "figure.png": curves}
+        of_starts = figures.lambda_starts_figure(starts, [*groups]) if starts else None
+        drawn["lambda.png"] = of_starts or figures.lambda_figure(shown)
+        drawn["forest.png"] = figures.forest(answers)
+        drawn["predictions.png"], unreadable = figures.predictions(groups)
+        paths = [_written(folder / name, png(picture)) for name, picture in drawn.items() if picture]
+    broken = [*broken, *unreadable]
     content = {
         "title": folder.resolve().name, "headline": headline(runs, groups, of_paper), "broken": broken,
         "results": settings_table(groups), "answers": answers, "claims": claims_table(answers),

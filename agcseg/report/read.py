@@ -58,6 +58,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)  # of `agcseg.record.identity.complete`
     words: dict[str, str] = field(default_factory=dict)  # the same as `describe` puts it
     device: str = ""  # empty: not recorded
+    start: str = ""  # digest of the weights that init_from named; empty: none, or not recorded
+    source: str = ""  # of the file of network.factory
     digests: tuple[str, ...] = ()  # of the images and labels of each split as they were used; empty: not recorded
     environment: dict[str, Any] | None = None  # of environment.json, its keys with dots
     steps: np.ndarray | None = None  # (epochs, steps) training loss of each step, or None: not recorded
@@ -131,6 +133,8 @@ def read_folders(*folders: str | Path) -> tuple[list[Run], list[str], list[str]]
     _tell_data_apart(runs)
     _take_processes(runs)
     _shorten_weights(runs)
+    _tell_versions_apart(runs)
+    _name_defaults(runs)
     places: dict[tuple, set[Path]] = {}
     for run in runs:
         places.setdefault((*run.words.items(), run.seed), set()).add(run.path.parent)
@@ -200,6 +204,30 @@ def _shorten_weights(runs: list[Run]) -> None:
     for run in runs:
         if run.words["init_from"] in parts:
             run.words["init_from"] = f"from {'/'.join(parts[run.words['init_from']][-length:])}"
+
+
+def _tell_versions_apart(runs: list[Run]) -> None:
+    """Weights to begin with and the file of a factory may have changed from run to run: their digests tell."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for turn in range(2):
+        for run in runs:
+            for key, digest in (("init_from", run.start), (f"{run.network}:network.factory", run.source)):
+                known = seen.setdefault((key, run.words.get(key, "")), set())
+                if turn == 0 and digest:
+                    known.add(digest)
+                elif turn and digest and len(known) > 1:
+                    run.words[key] += f" ({digest[:6]})"
+
+
+def _name_defaults(runs: list[Run]) -> None:
+    """A factory's own default is not known: a run that leaves an option to it is no run that gives the option."""
+    given: dict[str, set[str]] = {}
+    for run in runs:
+        its = {key for key in run.words if key.startswith(f"{run.network}:network.options.")}
+        given.setdefault(run.network, set()).update(its)
+    for run in runs:
+        for key in sorted(given[run.network] - run.words.keys()):
+            run.words[key] = f"{key.rpartition('.')[2].replace('_', ' ')} by default"
 
 
 def _read_folder(folder: Path, broken: list[str], notes: list[str]) -> list[Run]:
@@ -314,6 +342,7 @@ def _run(path: Path, result: dict, metrics: pd.DataFrame, config) -> Run:
         reason=str(result.get("reason") or ""), metrics=metrics, settings=settings, words=describe(given, processes),
         commonest_class_error=float(result.get("commonest_class_error", math.nan)),
         device=str(result.get("device") or ""),
+        start=str(result.get("start") or ""), source=str(result.get("source") or ""),
         digests=tuple(str(digest) for split, digest in (result.get("data") or {}).items() if split != "classes"),
     )  # fmt: skip
 
@@ -338,7 +367,7 @@ def _table(file: Path, numbers: Collection[str], *needed: str) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, a cell is no number, or a line is cut off.
     """
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:  # names of images may be no text
         header, *rows = [*csv.reader(lines)] or [[]]
     missing = [key for key in needed if key not in header]
     if missing:

@@ -115,7 +115,7 @@ def test_states_and_what_was_not_measured(folder):
         ("metrics.csv", HEADER + "\n1,8,0.1,1,1,1,1,1,1,1,1,1,1," * 2, "line 3: epoch 1, expected 2"),
         ("metrics.csv", "", "columns epoch, pixel_error"),
         ("metrics.csv", "epoch,loss\n1,2\n", "expected the columns pixel_error, val_loss"),
-        ("metrics.csv", b"\xff\xfe", "decode"),
+        ("metrics.csv", b"\xff\xfe", "expected the columns epoch"),
         ("result.json", '{"state": ', "Expecting value"),
         ("result.json", '{"state": "fine"}', '"state" is neither'),
         ("config.yaml", "norm: [1, {", "line 1"),

@@ -90,6 +90,14 @@ def test_table_has_the_hand_computed_values(folder):
     assert (rows["bn_4"]["best_error"], rows["bn_4"]["best_epoch"]) == (0.4, 2)
 
 
+def test_names_of_images_need_not_be_text(folder):
+    content = b"image,wrong_pixels,labelled_pixels,loss\ncaf\xe9.png,1,4,0.5\n"
+    (folder / "agc_4/images.csv").write_bytes(content)
+    runs, broken, _ = read_folders(folder)
+    (run,) = (run for run in runs if run.name == "agc_4")
+    assert not broken and run.images["wrong"].to_list() == [0.25]
+
+
 def test_states_and_what_was_not_measured(folder):
     runs = {run.name: run for run in read_runs(folder)}
     assert {n: r.state for n, r in runs.items()} == {

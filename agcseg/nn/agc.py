@@ -26,7 +26,8 @@ def agc(input: Tensor, weight: Tensor, bias: Tensor, mean_scale: Tensor) -> Tens
         (N, C, H, W) in the dtype of `input`. Half-precision inputs are reduced and scaled in float32.
 
     Raises:
-        ValueError: `input` is not 4-dimensional, not of real numbers, or its channels are not those of the parameters.
+        ValueError: `input` is not 4-dimensional, not of real numbers, or its channels are not those of the parameters,
+            or these are not vectors of one length.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(agc, (input,), input, weight, bias, mean_scale)

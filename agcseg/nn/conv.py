@@ -129,6 +129,9 @@ class ConvUnit(nn.Module):
         Returns:
             (N, K, H', W'); with `pool` the pooled maps and the winners, for some unit's `unpool`; with `sum_up` sums of
             the maps too, or None.
+
+        Raises:
+            ValueError: the maps' channels are not the convolution's, or their sides are odd with `pool`.
         """
         if self.is_fast and (stem is None or (stem.is_fast and stem.is_called_as_made)):
             front = stem.agc_parameters if stem else None

@@ -23,7 +23,15 @@ def agc_norm(
     quantile: float = 0.5,
     median_gradient: bool = False,
 ) -> AGC2d:
-    """AGC2d, whose background is the mean of the map, or AGC with another one (see `agcseg.nn.background`)."""
+    """AGC2d, whose background is the mean of the map, or AGC with another one.
+
+    Args:
+        mean_scale: λ at the start.
+        background, window, quantile, median_gradient: see `agcseg.nn.background.BackgroundAGC2d`.
+
+    Raises:
+        UserError (a ValueError): there is no such background, or a number is out of range.
+    """
     if background == "map":
         return AGC2d(num_features, mean_scale=mean_scale)
     return BackgroundAGC2d(num_features, mean_scale, background, window, quantile, median_gradient)

@@ -354,6 +354,13 @@ def test_report_of_figure1(tmp_path, capsys):
     assert f"| 2 | 9 | {np.mean(both):.2f}% ({min(both):.2f}% to {max(both):.2f}%) | 9.57% |" in text
 
 
+def test_with_a_reference_it_is_no_figure1(tmp_path):
+    make_figure1(tmp_path, seeds=(1,), runs=RUNS[:7], epochs=2)
+    for reference, name in ((None, "figure1.png"), ("AGC, minibatch 4, rate 0.08", "figure.png")):
+        paths, content = write_report(tmp_path, reference=reference)
+        assert paths[0].name == name and content["alike"] == bool(reference)
+
+
 def test_figure1_shows_what_is_there_and_names_what_is_not(tmp_path):
     make_figure1(tmp_path, seeds=(1, 2), runs=RUNS[:6], epochs=12, noise=0.5)
     kept, _ = cells(read_runs(tmp_path))
@@ -432,6 +439,7 @@ def test_older_runs_have_a_report_without_what_they_lack(tmp_path, capsys):
         ("layers.csv", b"epoch,layer\n", "expected the columns"),
         ("layers.csv", lambda lines: lines[:-1], "layers in each of 5 epochs, found 49 rows"),
         ("layers.csv", lambda lines: [*lines, lines[-1]], "layers in each of 5 epochs, found 51 rows"),
+        ("layers.csv", lambda lines: lines[:1] + lines[11:], "layers in each of 5 epochs, found 40 rows"),
         ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1\n", "line 2"),
         ("images.csv", b"image,wrong_pixels,labelled_pixels,loss\nx,1,2,b\n", "line 2: could not"),
     ],

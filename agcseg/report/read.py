@@ -409,7 +409,7 @@ def _layers(file: Path) -> pd.DataFrame | None:
     if not len(table):
         return None  # a norm without λ
     order = pd.MultiIndex.from_frame(table.loc[table.epoch == table.epoch.max(), ["layer", "role"]])
-    epochs = table.epoch.nunique()
+    epochs = table.epoch.max() + 1  # with 0, the untrained network
     if len(table) != epochs * len(order):
         raise ValueError(f"expected {len(order)} layers in each of {epochs} epochs, found {len(table)} rows")
     layers = table.pivot(index="epoch", columns=["layer", "role"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agcseg import metrics
 from agcseg.data.cache import contours, digest, digests, resize_image, resize_truth
+from agcseg.data.labels import IGNORE
 from agcseg.data.layout import Layout, Sample, load
 from agcseg.data.pictures import each
 from agcseg.errors import UserError
@@ -62,11 +63,12 @@ def evaluate(
         its = (sample.name, *digests(*seen)[: 1 + trained.network.contour])
         return seen[0], truth[0] if full else small[0], seen[2], its
 
-    counted, compared = [], []
+    counted, compared, labelled = [], [], False
     seen: list[tuple[str, ...]] = []
     for start in progress(range(0, len(samples), minibatch)):
         images, labels, borders, its = zip(*each(read, samples[start : start + minibatch]), strict=True)
         seen += its
+        labelled = labelled or any((label != IGNORE).any() for label in labels)
         scores, contour = logits(trained, torch.from_numpy(np.stack(images)).to(device))
         labels = [torch.tensor(label, device=device) for label in labels]
         for score, label in zip(scores, labels, strict=True):
@@ -77,7 +79,7 @@ def evaluate(
             compared.append(metrics.count_contours(contour, truth, torch.stack(labels), band))
     wrong, valid = (torch.cat([count[i] for count in counted]).cpu() for i in (0, 1))
     confusions = torch.stack([count[2] for count in counted]).cpu()
-    if not valid.any():
+    if not labelled:
         raise UserError(f"{layout.title}: the labels of these {len(samples)} images hold no labelled pixel")
     figures = metrics.summarise(wrong, valid, confusions.sum(0))
     if compared:

@@ -171,8 +171,8 @@ def _make(name: str, factory: str | Callable[..., nn.Module], arguments: dict[st
     except ValueError:  # of something built in
         parameters = ()
     if not download:
-        own = {p.name for p in parameters if p.default}
-        arguments |= {key: none for key, none in WITHOUT_WEIGHTS.items() if key in own or key in arguments}
+        own = {p.name for p in parameters if p.name in WITHOUT_WEIGHTS and p.default}
+        arguments |= {key: WITHOUT_WEIGHTS[key] for key in own | (WITHOUT_WEIGHTS.keys() & arguments.keys())}
     swallows = any(p.kind is p.VAR_KEYWORD for p in parameters)  # torchvision's take whatever they do not know
     if parameters and (name in TORCHVISION or not swallows):
         known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

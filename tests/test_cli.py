@@ -5,7 +5,6 @@ import errno
 import importlib
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -89,7 +88,6 @@ def inside(monkeypatch, tmp_path, capsys):
     from agcseg.cli import train
 
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)  # this process keeps its own
-    monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -226,6 +224,24 @@ def test_no_home_folder(inside, small, monkeypatch):
     monkeypatch.setattr(Path, "expanduser", nobody)
     code, said = inside("data=streets", "data.cache_dir=~/c")
     assert code == 2 and "data.cache_dir=~/c: there is no home folder here; give data.cache_dir=FOLDER" in said
+
+
+def test_an_operation_without_a_deterministic_form(inside, monkeypatch):
+    from agcseg.cli import train
+
+    def run(config, folder):
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.zeros(2).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    monkeypatch.setattr(train, "run", run)
+    code, said = inside("data=streets", "deterministic=true")
+    assert (code, said) == (
+        2,
+        "agcseg-train: error: deterministic=true: torch has no deterministic form of put_; leave it out\n",
+    )
 
 
 def test_a_compiler_that_is_missing(inside, monkeypatch):

@@ -57,6 +57,9 @@ def _job(cfg) -> float | None:
         first = first_line(full)
         if out_of_memory(full):
             error = UserError(f"out of memory ({first}); try a smaller minibatch, accumulate=2 or precision=bf16")
+        elif "does not have a deterministic implementation" in first:
+            operation = first.partition(" does not")[0]
+            error = UserError(f"deterministic=true: torch has no deterministic form of {operation}; leave it out")
         elif type(full).__module__.startswith(("torch._dynamo", "torch._inductor")):
             error = UserError(f"compile=true: torch.compile cannot work here ({first}); leave it out")
         else:

@@ -68,9 +68,7 @@ def open_wanted(config: Config) -> Opened:
     seen = {cached["train"].digests[i][0] for i in chosen["train"]}
     again = sum(cached["val"].digests[i][0] in seen for i in chosen["val"])
     if again and parallel.rank() == 0:
-        log.warning(
-            f"{again} of the {val} validation images are training images too: of new ones their error says nothing"
-        )
+        log.warning(f"{again} of the {val} validation images are training images too; the error is not of unseen ones")
     if config.minibatch > train:
         raise UserError(f"minibatch={config.minibatch}: there are {train} training images")
     if processes > val:
